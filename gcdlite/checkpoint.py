@@ -1,0 +1,112 @@
+"""Everything a run needs to go on, written atomically: adapter, optimizer, iteration, random states, turn pool."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gcdlite.policy import Policy
+from gcdlite.records import LabelledTurn, UserError
+
+KEPT = 2  # checkpoints on disk: if the newest is damaged, one is left
+
+
+@dataclass
+class State:
+    """What changes from iteration to iteration, beside the policy and its optimizer."""
+
+    iteration: int = 0  # iterations finished
+    dice: random.Random = field(default_factory=random.Random)  # shuffles and selections
+    rng: torch.Generator = field(default_factory=torch.Generator)  # sampling
+    pool: list[LabelledTurn] = field(default_factory=list)  # labelled turns of the last iterations
+    seconds: float = 0.0  # training time so far, over all sittings
+
+    @classmethod
+    def seeded(cls, seed: int) -> State:
+        return cls(dice=random.Random(seed), rng=torch.Generator().manual_seed(seed))
+
+
+def save(folder: Path, policy: Policy, optimizer: Any, schedule: Any, state: State) -> Path:
+    """Write folder/checkpoints/iteration-N, whole or not at all.
+
+    Raises UserError when the disk does not take it; the earlier checkpoint is untouched then.
+    """
+    home = folder / "checkpoints"
+    target = home / f"iteration-{state.iteration:06d}"
+    scratch = home / f".{target.name}.tmp"
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        policy.save_adapter(scratch / "adapter")
+        torch.save(
+            {
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+                "iteration": state.iteration,
+                "dice": state.dice.getstate(),
+                "rng": state.rng.get_state(),
+                "torch": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                "pool": state.pool,
+                "seconds": state.seconds,
+            },
+            scratch / "state.pt",
+        )
+        for file in scratch.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(scratch, target)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        shutil.rmtree(scratch, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"cannot save iteration {state.iteration} to {home}: {reason}; free some space and go on with --resume {folder}") from None
+    for old in found(folder)[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def found(folder: Path) -> list[Path]:
+    """The checkpoints of a run folder, oldest first."""
+    return sorted((folder / "checkpoints").glob("iteration-*"))
+
+
+def latest(folder: Path) -> Path:
+    """The newest checkpoint that can be read. Raises UserError when there is none."""
+    for path in reversed(found(folder)):
+        try:
+            read_state(path)
+            return path
+        except UserError:
+            print(f"checkpoint {path} is damaged; trying the one before")
+    raise UserError(f"{folder} has no checkpoint yet; start again with another --out, or remove the folder")
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The saved state of a checkpoint. Raises UserError when it is damaged."""
+    try:
+        # Our own file, written by `save`: it holds records, not only tensors.
+        return torch.load(path / "state.pt", weights_only=False, map_location="cpu")
+    except Exception as error:  # noqa: BLE001 - unpickling a cut-off file raises whatever it likes
+        raise UserError(f"the checkpoint {path} cannot be read: {type(error).__name__}") from None
+
+
+def restore(path: Path, optimizer: Any, schedule: Any) -> State:
+    """Put a checkpoint's optimizer and random states back; the adapter was loaded by `Policy(config, adapter=…)`."""
+    saved = read_state(path)
+    optimizer.load_state_dict(saved["optimizer"])
+    schedule.load_state_dict(saved["schedule"])
+    torch.set_rng_state(saved["torch"])
+    if saved["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(saved["cuda"])
+    state = State(saved["iteration"], random.Random(), torch.Generator(), saved["pool"], saved["seconds"])
+    state.dice.setstate(saved["dice"])
+    state.rng.set_state(saved["rng"])
+    return state

@@ -1,0 +1,250 @@
+"""Cold start: expert episodes and judgments in, a model that knows the format and something of the task out.
+
+For `nano` this is also where the weights come from: base training on the language of all six task types (random
+play, no expert), then the cold start on the in-domain types only, so that L2 stays a fair test.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from gcdlite import prompts
+from gcdlite.envs.alfworld import split_intro
+from gcdlite.envs.alfworld.engine import Game
+from gcdlite.envs.alfworld.experts import Expert, Prior
+from gcdlite.records import Task
+
+
+@dataclass
+class Example:
+    """One supervised pair of texts; `kind` says what it teaches."""
+
+    prompt: str
+    response: str
+    kind: str  # "random", "expert" or "judgment"
+
+
+@dataclass
+class Style:
+    """What the prompts look like: must be the run's own settings."""
+
+    prompt: str = "brief"
+    history: int = 2
+    max_turns: int = 30
+    commands: int | None = None  # how many admissible commands to list; None: all, as the agent will see them
+
+    def listed(self, admissible: Sequence[str], needed: str, rng: random.Random) -> list[str]:
+        """The list to show: for a first lesson it is cut, but never by the command that is needed."""
+        if self.commands is None or len(admissible) <= self.commands:
+            return list(admissible)
+        return sorted({needed, *rng.sample(list(admissible), self.commands)})
+
+
+def make_prior(tasks: Sequence[Task], count: int, rng: random.Random) -> Prior:
+    """Where things lie, counted in some training games."""
+    return Prior(Game(t.path).contents() for t in rng.sample(list(tasks), min(count, len(tasks))))
+
+
+def explain(action: str, thing: str) -> str:
+    """A thought that goes with an action which was not chosen for a reason."""
+    words = action.split()
+    if words[:2] == ["go", "to"]:
+        return f"need {thing}. look in {' '.join(words[2:])}."
+    if words[0] == "take" and " from " in action:
+        item, place = action[5:].split(" from ", 1)
+        return f"{item} is on {place}. take it."
+    if words[0] == "open":
+        return f"need {thing}. {action[5:]} is closed, open it."
+    if words[0] in ("move", "put", "heat", "clean", "cool", "use"):
+        return f"have {' '.join(words[1:3])}. do it here."
+    return "look closer."
+
+
+def deviation(admissible: Sequence[str], last: str | None, rng: random.Random) -> str:
+    """Something an expert would not do: any admissible command, the last one again, or one that does not work here."""
+    draw = rng.random()
+    if last and draw < 0.15:
+        return last
+    if draw < 0.35:
+        verb, *rest = rng.choice(admissible).split(" ", 1)
+        other = rng.choice(admissible).split(" ", 1)
+        return f"{verb} {(other[1:] or rest or [''])[0]}".strip()
+    return rng.choice([c for c in admissible if c != "help"])
+
+
+def expert_examples(
+    tasks: Iterable[Task], prior: Prior, style: Style, rng: random.Random, *, deviate: float = 0.0, judge: float = 0.0
+) -> Iterable[Example]:
+    """Play games and write down what the expert would do at every turn, also where play has left its way.
+
+    `deviate` is the chance that a turn plays something else than what the expert says (the label stays the expert's),
+    `judge` the chance that a turn also becomes a judgment example, labelled by the oracle.
+    """
+    for task in tasks:
+        game = Game(task.path, plan=judge > 0)
+        seen = game.reset()
+        description, text = split_intro(seen.text)
+        expert = Expert(description, prior, style.history)
+        wild = rng.random() * 2 * deviate  # some episodes go nearly straight, others are a mess
+        last = None
+        for taken in range(style.max_turns):
+            history = expert.pairs[-style.history :] if style.history else []
+            thought, command = expert.act(text, seen.admissible)
+            listed = style.listed(seen.admissible, command, rng)
+            prompt = prompts.turn_prompt(style.prompt, description, taken, history, text, listed)
+            yield Example(prompt, prompts.answer(thought, command), "expert")
+            if judge and rng.random() < judge:
+                judged = judgment_example(game, seen, prompt, thought, command, expert.goal.obj, last, style, rng)
+                if judged:
+                    yield judged
+            action = deviation(seen.admissible, last, rng) if rng.random() < wild else command
+            expert.remember(text, action)
+            seen = game.step(action)
+            text, last = seen.text, action
+            if seen.done:
+                break
+
+
+def judgment_example(game, seen, prompt, thought, command, thing, last, style: Style, rng: random.Random) -> Example | None:
+    """A turn to judge, with the oracle's verdict and the expert's reasons; None when the oracle has no opinion."""
+    action, why = command, thought
+    if rng.random() < 0.6:
+        action = deviation(seen.admissible, last, rng)
+        why = thought if rng.random() < 0.3 else explain(action, thing)
+    after = game.copy().step(action)
+    shorter = after.plan is not None and seen.plan is not None and after.plan < seen.plan
+    if not shorter and after.revealed:
+        return None
+    rate = rng.choice((10, 20, 30, 40, 50, 60, 70, 80, 90)) / 100
+    question = prompts.judge_prompt(style.prompt, prompt, prompts.answer(why, action), rate)
+    better = command if command != action else ""
+    return Example(question, prompts.judgment(thought, int(shorter), better, _ADVICE.get(command.split()[0], "look closer.")), "judgment")
+
+
+_ADVICE = {
+    "go": "go where the thing may be, not where you were.",
+    "open": "open what is closed.",
+    "take": "take what the task needs.",
+    "move": "put it down when it is ready.",
+    "put": "put it down when it is ready.",
+    "clean": "clean it before you put it down.",
+    "heat": "heat it before you put it down.",
+    "cool": "cool it before you put it down.",
+    "use": "use the lamp with the thing in hand.",
+}
+
+
+def random_examples(tasks: Iterable[Task], style: Style, rng: random.Random) -> Iterable[Example]:
+    """Random play: the language of the game and the habit of copying commands, without any skill at the task."""
+    for task in tasks:
+        game = Game(task.path)
+        seen = game.reset()
+        description, text = split_intro(seen.text)
+        pairs: list[tuple[str, str]] = []
+        for taken in range(rng.randint(4, style.max_turns)):
+            history = pairs[-style.history :] if style.history else []
+            useful = [c for c in seen.admissible if c not in ("help", "look", "inventory")]
+            acts = [c for c in useful if not c.startswith(("go to", "examine"))]
+            action = rng.choice(acts if acts and rng.random() < 0.5 else useful)
+            listed = style.listed(seen.admissible, action, rng)
+            prompt = prompts.turn_prompt(style.prompt, description, taken, history, text, listed)
+            yield Example(prompt, prompts.answer(f"try {action}.", action), "random")
+            pairs.append((text, action))
+            seen = game.step(action)
+            text = seen.text
+            if seen.done:
+                break
+
+
+# --- training
+
+
+def encode(tokenizer, example: Example, frame: tuple[str, str]) -> tuple[list[int], int]:
+    """(token ids, where the response begins)."""
+    prompt = tokenizer(frame[0] + example.prompt + frame[1], add_special_tokens=False)["input_ids"]
+    response = tokenizer(example.response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    return prompt + response, len(prompt)
+
+
+def fit(
+    model: nn.Module,
+    phases: Sequence[Sequence[tuple[list[int], int]]],
+    *,
+    lr: float,
+    batch_tokens: int,
+    prompt_weight: float,
+    warmup: int,
+    pad: int,
+    seed: int,
+    floor: float = 0.05,
+    report=None,
+) -> None:
+    """Supervised training on (ids, start of the response) rows: AdamW, cosine to `floor` of `lr`.
+
+    Phases follow one another under one schedule; inside a phase the order is random, in batches of like lengths.
+    The loss is the mean over response tokens plus `prompt_weight` times the mean over prompt tokens.
+    """
+    dice = random.Random(seed)
+    device = next(model.parameters()).device
+    batches = [[rows[k] for k in batch] for rows in phases for batch in _batches(rows, batch_tokens, dice)]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
+    total = len(batches)
+
+    def rate(step: int) -> float:
+        return min((step + 1) / warmup, floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / total)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    model.train()
+    start, tokens = time.perf_counter(), 0
+    for step, batch in enumerate(batches):
+        longest = max(len(row) for row, _ in batch)
+        ids = torch.full((len(batch), longest), pad)
+        response = torch.zeros(len(batch), longest - 1, dtype=torch.bool)
+        inside = torch.zeros(len(batch), longest - 1, dtype=torch.bool)
+        for r, (row, begin) in enumerate(batch):
+            ids[r, : len(row)] = torch.tensor(row)
+            inside[r, : len(row) - 1] = True
+            response[r, begin - 1 : len(row) - 1] = True
+        ids, inside, response = ids.to(device), inside.to(device), response.to(device)
+        # Right padding under a causal mask: no real token sees a pad, so no attention mask is needed.
+        hidden = model.base_model(input_ids=ids[:, :-1]).last_hidden_state  # (B, T - 1, h)
+        wanted = inside if prompt_weight else response
+        logits = model.get_output_embeddings()(hidden[wanted]).float()  # (n, V)
+        losses = nn.functional.cross_entropy(logits, ids[:, 1:][wanted], reduction="none")
+        is_response = response[wanted]
+        loss = losses[is_response].mean()
+        trained = loss + prompt_weight * losses[~is_response].mean() if prompt_weight else loss
+        optimizer.zero_grad(set_to_none=True)
+        trained.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        tokens += int(inside.sum())
+        if report and (step % 50 == 0 or step == total - 1):
+            report(step, total, loss.item(), tokens / (time.perf_counter() - start))
+    model.eval()
+
+
+def _batches(rows: Sequence[tuple[list[int], int]], batch_tokens: int, dice: random.Random) -> list[list[int]]:
+    """Indices of all rows, cut into batches of at most `batch_tokens` tokens, padding included."""
+    order = list(range(len(rows)))
+    dice.shuffle(order)
+    batches: list[list[int]] = []
+    for start in range(0, len(order), 2048):  # sorting inside large random blocks keeps padding low and batches random
+        batch: list[int] = []
+        for k in sorted(order[start : start + 2048], key=lambda k: len(rows[k][0])):
+            if batch and len(rows[k][0]) * (len(batch) + 1) > batch_tokens:
+                batches.append(batch)
+                batch = []
+            batch.append(k)
+        batches.append(batch)
+    dice.shuffle(batches)
+    return batches

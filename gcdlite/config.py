@@ -1,0 +1,273 @@
+"""Settings: YAML files and `section.field=value` overrides in, one checked `Config` out.
+
+Every field has a type, a default and one line of meaning. All faults are reported at once, each with its value
+and the remedy; an unknown key names its nearest valid neighbour.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from gcdlite.records import UserError
+
+CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class Env(Section):
+    name: Literal["alfworld"] = Field("alfworld", description="the environment")
+    engine: Literal["own", "genuine"] = Field("own", description="our ALFWorld engine, or TextWorld's in worker processes")
+    data: str | None = Field(None, description="folder that holds json_2.1.1; unset: ALFWORLD_DATA, alfworld's default folder, else generated games")
+    protocol: Literal["single", "rlvmr"] = Field("single", description="which task types are trained on and evaluated (docs/metrics.md)")
+    generated: Positive = Field(2000, description="games to generate when there is no data folder")
+    generated_seed: NonNegative = Field(1, description="seed of the generated games")
+    max_turns: Positive = Field(30, description="turns an episode may take; our counter decides, not the engine's")
+    history_length: NonNegative | Literal["full"] = Field(2, description="earlier (observation, action) pairs in the prompt")
+    workers: NonNegative = Field(0, description="worker processes of the genuine engine; 0: one an episode, up to twice the cores")
+    timeout: Annotated[float, Field(gt=0)] = Field(60.0, description="seconds before a call of a slow engine counts as hung")
+
+
+class Model(Section):
+    name: str = Field("nano", description="`nano`, `smollm2`, a local folder or a hub id")
+    quantization: Literal["none", "nf4"] = Field("none", description="4-bit NF4 base weights (bitsandbytes), or none")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="compute type; auto: bfloat16 on CUDA, float32 on a CPU")
+    adapter: str | None = Field(None, description="a PEFT adapter to start from; it also becomes the frozen reference")
+    prompt: Literal["full", "brief"] = Field("full", description="wording of the instructions; brief is for models without instruction tuning")
+    checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
+
+
+class Lora(Section):
+    r: Positive = Field(32, description="rank")
+    alpha: Annotated[float, Field(gt=0)] = Field(64, description="scale; the adapter's output is multiplied by alpha / r")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout on the adapter's input")
+    targets: str | list[str] = Field("all-linear", description="which layers get an adapter (peft's target_modules)")
+
+
+class Rollout(Section):
+    groups: Positive = Field(16, description="games an iteration (the papers' 16; 8 on 24 GB)")
+    group_size: Annotated[int, Field(ge=2)] = Field(8, description="episodes of one game, G")
+    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="sampling temperature in training")
+    max_new_tokens: Positive = Field(256, description="longest response, in tokens")
+    max_prompt_tokens: Positive = Field(4096, description="longest prompt, in tokens; a longer one loses its oldest history first")
+    rows: Positive = Field(64, description="sequences generated together")
+
+
+class Reward(Section):
+    success: Annotated[float, Field(gt=0)] = Field(1.0, description="R of a won episode; a lost one gets 0")
+    malformed: Rate = Field(0.01, description="cost of a malformed turn, as a share of reward.success")
+    inadmissible: Rate = Field(0.0, description="cost of a well-formed action that the engine does not admit (ours; 0 in the papers)")
+
+
+class Algo(Section):
+    name: Literal["grpo"] = Field("grpo", description="the advantage function")
+    norm_over: Literal["episodes", "turns"] = Field("episodes", description="what the group's mean and std run over")
+
+
+class Update(Section):
+    lr: Annotated[float, Field(gt=0)] = Field(2e-5, description="AdamW's learning rate")
+    warmup: NonNegative = Field(5, description="optimizer steps of linear warm-up, then constant")
+    minibatches: Positive = Field(4, description="optimizer steps one pass over the samples is cut into")
+    epochs: Positive = Field(1, description="passes over an iteration's samples")
+    clip: Annotated[float, Field(gt=0)] = Field(0.2, description="PPO clip of the ratio")
+    dual_clip: Annotated[float, Field(gt=1)] = Field(3.0, description="bound on the loss of a negative advantage")
+    kl: Rate = Field(0.01, description="weight of the k3 estimate of KL to the reference")
+    grad_clip: Annotated[float, Field(gt=0)] = Field(1.0, description="largest gradient norm")
+    weight_decay: Rate = Field(0.0, description="AdamW's weight decay")
+    loss_agg: Literal["token", "turn", "constant"] = Field("token", description="denominator of the loss")
+    token_budget: Positive = Field(8192, description="packed tokens in one forward and backward pass")
+
+
+class Gcd(Section):
+    enabled: bool = Field(False, description="train the policy to judge its own actions, too")
+    labeller: str = Field("rules", description="who labels turns good or bad: rules, oracle, or several joined by +")
+    turns: Annotated[int, Field(ge=2)] = Field(30, description="labelled turns judged an iteration, half good and half bad")
+    group_size: Annotated[int, Field(ge=2)] = Field(8, description="judgments sampled for each of them")
+    weight: Rate = Field(1.0, description="lambda in L = L_GRPO + lambda L_GCD")
+    update: Literal["joint", "separate"] = Field("joint", description="one optimizer step for both losses, or one each")
+    pool: NonNegative = Field(2, description="earlier iterations whose labelled turns fill up the selection")
+    max_new_tokens: Positive = Field(256, description="longest judgment, in tokens")
+    uninformative: list[str] = Field(
+        ["Nothing happens.", "look", "inventory", "help"],
+        description="observations, and actions whose observation, are no evidence for the rules labeller",
+    )
+
+    @model_validator(mode="after")
+    def _known_labellers(self) -> Gcd:
+        known = ("rules", "oracle")
+        for name in self.labeller.split("+"):
+            if name not in known:
+                raise ValueError(f"unknown labeller {name!r}{nearest(name, known)}; known: {', '.join(known)}, joined by +")
+        return self
+
+
+class Eval(Section):
+    limit: NonNegative = Field(0, description="games a level, stratified by type; 0: all of them")
+    every: NonNegative = Field(0, description="iterations between evaluations; 0: only before and after")
+    temperature: Rate = Field(0.0, description="0: greedy; the public code of the papers' baselines uses 0.4")
+    levels: list[Literal["L0", "L1", "L2", "L2s"]] = Field(["L0", "L1", "L2"], description="which levels")
+    judge_turns: NonNegative = Field(64, description="oracle-labelled turns a level on which the judge is measured; 0: none")
+    before: bool = Field(True, description="evaluate before training, too")
+
+
+class Config(Section):
+    steps: Positive = Field(150, description="training iterations")
+    seed: NonNegative = Field(0, description="seed of everything drawn at random")
+    out: str | None = Field(None, description="run folder; unset: runs/<environment>-<model>-<algorithm>-<time>")
+    threads: NonNegative = Field(0, description="CPU threads; 0: all cores")
+    env: Env = Field(default_factory=Env)
+    model: Model = Field(default_factory=Model)
+    lora: Lora = Field(default_factory=Lora)
+    rollout: Rollout = Field(default_factory=Rollout)
+    reward: Reward = Field(default_factory=Reward)
+    algo: Algo = Field(default_factory=Algo)
+    update: Update = Field(default_factory=Update)
+    gcd: Gcd = Field(default_factory=Gcd)
+    eval: Eval = Field(default_factory=Eval)
+
+
+def nearest(word: str, known: Any) -> str:
+    """`; did you mean X?`, or nothing when no known word is close."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def load(
+    path: str | Path | None = None, overrides: Sequence[str] = (), flags: dict[str, Any] | None = None, faults: Sequence[str] = ()
+) -> Config:
+    """Read a YAML file, then `section.field=value` overrides, then dotted flags, and check the whole.
+
+    A file may name another one to start from as `base: NAME` (looked up beside it).
+    Raises UserError that lists every fault, those that the caller has found already first.
+    """
+    faults = list(faults)
+    data = _read(Path(path)) if path else {}
+    for item in overrides:
+        key, sep, text = item.partition("=")
+        try:
+            if not sep:
+                raise ValueError
+            _put(data, key.strip(), yaml.safe_load(text))
+        except (yaml.YAMLError, ValueError):
+            faults.append(f"{item!r} is no setting; write section.field=value")
+    for key, value in (flags or {}).items():
+        if value is not None:
+            _put(data, key, value)
+    return check(data, faults)
+
+
+def check(data: dict, faults: Sequence[str] = ()) -> Config:
+    """A Config from plain data; raises UserError with all faults, those already found first."""
+    faults = list(faults)
+    config = None
+    try:
+        config = Config.model_validate(data)
+    except ValidationError as error:
+        faults += _explain(error.errors())
+    if faults:
+        raise UserError(faults[0] if len(faults) == 1 else "\n  ".join([f"{len(faults)} faults:", *faults]))
+    assert config is not None
+    return config
+
+
+def find_config(name: str) -> Path:
+    """The YAML file for a path or for a name in configs/. Raises UserError when there is none."""
+    for path in (Path(name), CONFIG_DIR / f"{name}.yaml", CONFIG_DIR / name):
+        if path.is_file():
+            return path
+    known = sorted(str(p.relative_to(CONFIG_DIR).with_suffix("")) for p in CONFIG_DIR.rglob("*.yaml"))
+    raise UserError(f"no config file {name!r}{nearest(name, known)}; shipped ones: {', '.join(known)}")
+
+
+def dump(config: Config, path: Path) -> None:
+    """Write the resolved settings as YAML."""
+    path.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False), encoding="utf-8")
+
+
+def _read(path: Path) -> dict:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the config file {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"the config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"the config file {path} must hold `section: {{field: value}}`, not a {type(data).__name__}")
+    if "base" in data:
+        base = _read(path.parent / f"{data.pop('base')}.yaml")
+        data = _merge(base, data)
+    return data
+
+
+def _merge(base: dict, over: dict) -> dict:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _put(data: dict, key: str, value: Any) -> None:
+    """data["a"]["b"] = value for the key "a.b". What stands in the way is replaced: `check` finds the fault."""
+    *sections, field = key.split(".")
+    for section in sections:
+        if not isinstance(data.get(section), dict):
+            data[section] = {}
+        data = data[section]
+    data[field] = value
+
+
+def known_keys() -> list[str]:
+    """Every setting as `section.field`, top-level ones and the sections themselves by their plain name."""
+    keys = []
+    for name, field in Config.model_fields.items():
+        keys.append(name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            keys += [f"{name}.{inner}" for inner in field.annotation.model_fields]
+    return keys
+
+
+def _explain(errors: list[Any]) -> list[str]:
+    """One line a fault: where, what to do, what was given. A value that fits none of several types is one fault."""
+    messages: dict[str, list[str]] = {}
+    given: dict[str, Any] = {}
+    for error in errors:
+        loc = error["loc"]
+        where = ".".join(str(p) for p in loc[:2]) if len(loc) > 1 else str(loc[0])
+        if error["type"] == "extra_forbidden":
+            messages[where] = [f"unknown key{nearest_key(where)}"]
+        else:
+            messages.setdefault(where, []).append(error["msg"].removeprefix("Value error, "))
+            given.setdefault(where, error["input"])
+    return [
+        f"{where}: {', or: '.join(dict.fromkeys(found))}" + (f" (got {given[where]!r})" if not isinstance(given.get(where, {}), dict) else "")
+        for where, found in messages.items()
+    ]
+
+
+def nearest_key(key: str) -> str:
+    """`; did you mean section.field?` for a misspelt key, or for a field without its section."""
+    known = known_keys()
+    same_field = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2] and "." in k]
+    return f"; did you mean {' or '.join(map(repr, same_field))}?" if same_field else nearest(key, known)
+
+
+def threads(config: Config) -> int:
+    """CPU threads to use."""
+    if config.threads:
+        return config.threads
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

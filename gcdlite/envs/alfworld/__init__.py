@@ -1,0 +1,132 @@
+"""ALFWorld: household tasks as text games, on our own engine or on TextWorld's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from gcdlite.config import Config
+from gcdlite.envs.alfworld.engine import Game
+from gcdlite.envs.alfworld.games import data_root, level_tasks
+from gcdlite.records import Observation, Task, UserError
+
+_INTRO = re.compile(r"^-= Welcome to TextWorld, ALFRED! =-\s*(.*?)\s*Your task is to: (.*?)\s*$", re.DOTALL)
+
+
+def split_intro(text: str) -> tuple[str, str]:
+    """(task in words, view of the room) of a game's first text; the prompt has a slot of its own for each."""
+    match = _INTRO.match(text)
+    if not match:
+        raise UserError(f"this game's first text has no task sentence: {text[:80]!r}")
+    return match[2], match[1]
+
+
+class AlfworldPool:
+    """Episodes on our engine (in this process), or on TextWorld's (a worker process each)."""
+
+    def __init__(self, config: Config):
+        self.config = config.env
+        self.root, self.why = find_root(config)
+        self._games: list = []
+        self._loaded: dict[str, Game] = {}
+        self._workers: list = []
+
+    def tasks(self, level: str) -> list[Task]:
+        return level_tasks(self.root, level, self.config.protocol)
+
+    def reset(self, tasks: Sequence[Task]) -> list[Observation]:
+        if self.config.engine == "genuine":
+            return self._reset_genuine(tasks)
+        self._loaded = {path: self._loaded.get(path) or Game(path, plan=True) for path in {t.path for t in tasks}}
+        self._games = [self._loaded[t.path].copy() for t in tasks]
+        return [_opening(game.reset()) for game in self._games]
+
+    def step(self, actions: Sequence[str | None]) -> list[Observation | None]:
+        if self.config.engine == "genuine":
+            return self._step_genuine(actions)
+        return [None if action is None else game.step(action) for game, action in zip(self._games, actions, strict=True)]
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.close()
+        self._workers = []
+
+    # TextWorld's engine takes seconds a call, so its workers run at the same time, one thread waiting for each.
+
+    def _reset_genuine(self, tasks: Sequence[Task]) -> list[Observation]:
+        from gcdlite.envs.alfworld.genuine import GenuineGame
+
+        while len(self._workers) < len(tasks):
+            self._workers.append(GenuineGame(timeout=self.config.timeout))
+
+        def begin(pair) -> Observation:
+            worker, task = pair
+            worker.load(task.path)
+            return _opening(worker.reset())
+
+        return self._together(begin, list(zip(self._workers, tasks)))
+
+    def _step_genuine(self, actions: Sequence[str | None]) -> list[Observation | None]:
+        def go(pair) -> Observation | None:
+            worker, action = pair
+            return None if action is None else worker.step(action)
+
+        return self._together(go, list(zip(self._workers, actions)))
+
+    def _together(self, call, pairs: list) -> list:
+        from concurrent.futures import ThreadPoolExecutor
+
+        from gcdlite.envs.alfworld.genuine import WorkerError
+
+        def guarded(pair):
+            try:
+                return call(pair)
+            except WorkerError as error:  # this episode is lost, the others go on
+                return Observation("", [], done=True, error=str(error))
+
+        with ThreadPoolExecutor(max_workers=self.config.workers or 2 * (os.cpu_count() or 1)) as threads:
+            return list(threads.map(guarded, pairs))
+
+
+def _opening(observation: Observation) -> Observation:
+    observation.description, observation.text = split_intro(observation.text)
+    return observation
+
+
+def find_root(config: Config) -> tuple[Path, str]:
+    """The folder that holds json_2.1.1, and in words why it is this one; generates games where there are none."""
+    root, why = data_root(config.env.data)
+    if root is not None:
+        return root, why
+    return generated_root(config.env.generated, config.env.generated_seed), why
+
+
+def generated_root(n: int, seed: int) -> Path:
+    """Generated games in the user's cache, made on first use; the folder's name holds what they depend on."""
+    from gcdlite.envs.alfworld import generate
+
+    source = Path(generate.__file__).read_bytes()
+    stamp = hashlib.sha256(source).hexdigest()[:8]  # another generator makes other games
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gcdlite"
+    root = cache / f"alfworld-generated-n{n}-s{seed}-{stamp}"
+    if (root / "done.json").is_file():
+        return root
+    print(f"generating {n} ALFWorld games (seed {seed}) into {root}", flush=True)
+    cache.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=cache, prefix="generating-"))
+    try:
+        summary = generate.generate_games(scratch, n, seed)
+        (scratch / "done.json").write_text(json.dumps(summary, indent=1))
+        os.replace(scratch, root)
+    except OSError as error:
+        if not (root / "done.json").is_file():  # another process may have been quicker
+            raise UserError(f"cannot write the generated games to {root}: {error.strerror}; set XDG_CACHE_HOME to a folder with space") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return root

@@ -1,0 +1,282 @@
+"""An expert for ALFWorld that explores first and knows only what the agent has seen.
+
+In: the task sentence, the (observation, command) pairs seen so far, the admissible commands. Out: a thought and a
+command. The thought names only what was seen, so a student that reads the same prompt can have had it.
+TextWorld's own handcoded expert loses most pick-two games and draws from the global random state; the games'
+walkthroughs know where everything lies. Neither can teach how to search.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+# The task sentences of ALFRED's goal library that the six task types use.
+_GOALS = [
+    (re.compile(r"^(?:look at|examine) (?:the |a |an )?(?P<obj>\w+) (?:under|with) the (?P<recep>\w+)$"), "light"),
+    (re.compile(r"^(?:put|find) two (?P<obj>\w+?) (?:and put them )?in (?P<recep>\w+)$"), "two"),
+    (re.compile(r"^put a (?P<state>clean|hot|cool) (?P<obj>\w+) in (?P<recep>\w+)$"), ""),
+    (re.compile(r"^(?P<state>clean|heat|cool) some (?P<obj>\w+) and put it in (?P<recep>\w+)$"), ""),
+    (re.compile(r"^put (?:a|some) (?P<obj>\w+) (?:in|on) (?P<recep>\w+)$"), "place"),
+]
+_VERB = {"clean": "clean", "hot": "heat", "heat": "heat", "cool": "cool"}
+_APPLIANCE = {"clean": "sinkbasin", "heat": "microwave", "cool": "fridge"}
+_STATE = {"clean": "clean", "heat": "hot", "cool": "cool"}
+
+_ITEM = re.compile(r"\ban? ([a-z]+ \d+)")
+_SHOWN = re.compile(r"(?:On the ([a-z]+ \d+)|The ([a-z]+ \d+) is open\. In it), you see (.*?)\.(?=\s|$)", re.DOTALL)
+_CLOSED = re.compile(r"The ([a-z]+ \d+) is closed\.")
+_ARRIVED = re.compile(r"^You arrive at ([a-z]+ \d+)\.")
+NOTHING = "Nothing happens."
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a task sentence asks for; `kind` is place, two, light, clean, heat or cool."""
+
+    kind: str
+    obj: str
+    recep: str  # the lamp, for light
+
+
+def parse_goal(task: str) -> Goal:
+    """Raises ValueError when the sentence fits none of the six task types."""
+    text = task.strip().rstrip(".").lower()
+    for pattern, kind in _GOALS:
+        if match := pattern.match(text):
+            groups = match.groupdict()
+            return Goal(kind or _VERB[groups["state"]], groups["obj"], groups["recep"])
+    raise ValueError(f"no known task type: {task!r}")
+
+
+def type_of(name: str) -> str:
+    """`apple 2` -> `apple`."""
+    return name.rsplit(" ", 1)[0]
+
+
+def number_of(name: str) -> int:
+    """`apple 2` -> 2."""
+    return int(name.rsplit(" ", 1)[1])
+
+
+class Prior:
+    """Where things tend to lie: for an object type, receptacle types by the chance that one of them holds it.
+
+    Estimated from training games by counting, with the simulator's help; validation games are never counted.
+    """
+
+    def __init__(self, contents: Iterable[dict[str, Sequence[str]]] = ()):
+        self.places: Counter[str] = Counter()  # receptacles seen, by type
+        self.holds: dict[str, Counter[str]] = defaultdict(Counter)  # object type -> receptacles that hold one, by type
+        for game in contents:
+            for place, objects in game.items():
+                self.places[type_of(place)] += 1
+                for kind in {type_of(o) for o in objects}:
+                    self.holds[kind][type_of(place)] += 1
+
+    def chance(self, obj: str, place_type: str) -> float:
+        return self.holds[obj][place_type] / self.places[place_type] if self.places[place_type] else 0.0
+
+    def order(self, obj: str, places: Iterable[str]) -> list[str]:
+        """Places in the order to search them: likeliest type first, then by number.
+
+        The order depends on nothing but the room, so that whoever remembers the last place knows the next one.
+        """
+        return sorted(places, key=lambda p: (-self.chance(obj, type_of(p)), type_of(p), number_of(p)))
+
+
+@dataclass
+class Belief:
+    """What the agent knows: read off (observation, command) pairs and nothing else."""
+
+    contents: dict[str, set[str]] = field(default_factory=dict)  # only places whose inside was seen
+    closed: set[str] = field(default_factory=set)
+    here: str | None = None  # where it went last
+    holding: str | None = None
+    done_to: dict[str, str] = field(default_factory=dict)  # object -> the last of clean, heat, cool that was done to it
+    searched: list[str] = field(default_factory=list)  # places looked into, latest last
+    placed: list[tuple[str, str]] = field(default_factory=list)  # (object, place) put down by the agent
+    useless: bool = False  # the last command did nothing
+
+    def read(self, text: str) -> None:
+        """Take in one observation."""
+        if match := _ARRIVED.match(text):
+            self.here = match[1]
+        for on, inside, items in _SHOWN.findall(text):
+            place = on or inside
+            self.contents[place] = set(_ITEM.findall(items))
+            self.closed.discard(place)
+            if place in self.searched:
+                self.searched.remove(place)
+            self.searched.append(place)
+        for place in _CLOSED.findall(text):
+            self.closed.add(place)
+        if text.startswith("You are carrying:"):
+            items = _ITEM.findall(text)
+            self.holding = items[0] if items else None
+        elif text.startswith("You are not carrying"):
+            self.holding = None
+
+    def did(self, command: str, result: str) -> None:
+        """Take in what a command changed, as far as its answer confirms it."""
+        self.useless = result.startswith(NOTHING)
+        if self.useless:
+            return
+        words = re.match(r"(take|move|put|clean|heat|cool|close|open) ([a-z]+ \d+)(?: (?:from|to|in/on|in|on|with) ([a-z]+ \d+))?", command)
+        if words:
+            verb, thing, place = words[1], words[2], words[3]
+            if verb == "take" and result.startswith("You pick up"):
+                self.holding = thing
+                self.contents.get(place, set()).discard(thing)
+                self.searched = []  # whatever is searched for next, it is another thing
+            elif verb in ("move", "put") and place and result.startswith(("You move", "You put")):
+                self.holding = None
+                self.contents.setdefault(place, set()).add(thing)
+                self.placed.append((thing, place))
+                self.searched = []
+            elif verb in _APPLIANCE:
+                self.done_to[thing] = verb
+            elif verb == "close":
+                self.closed.add(thing)
+        self.read(result)
+
+
+def believe(pairs: Sequence[tuple[str, str]], observation: str) -> Belief:
+    """The belief after (observation, command) pairs and the current observation."""
+    belief = Belief()
+    results = [saw for saw, _ in pairs[1:]] + [observation]
+    if pairs:
+        belief.read(pairs[0][0])
+        # A window that opens in the middle of an episode may begin with a pick-up.
+        if match := re.match(r"You pick up the ([a-z]+ \d+)", pairs[0][0]):
+            belief.holding = match[1]
+        if match := re.match(r"You (clean|heat|cool) the ([a-z]+ \d+) using", pairs[0][0]):
+            belief.holding, belief.done_to[match[2]] = match[2], match[1]
+    else:
+        belief.read(observation)
+    for (_, command), result in zip(pairs, results):
+        belief.did(command, result)
+    return belief
+
+
+def advise(goal: Goal, belief: Belief, admissible: Sequence[str], prior: Prior) -> tuple[str, str]:
+    """(thought, command) of the expert: finish what is at hand, else go on searching.
+
+    `admissible` shows which places exist (`go to …`), what the hands hold and how the engine spells its verbs.
+    """
+    can = set(admissible)
+    gone_to = [c[6:] for c in admissible if c.startswith("go to ")]
+    held = _held(admissible, prior) or belief.holding
+    state = _STATE.get(goal.kind, "")
+
+    def reach(place: str, why: str, then: str) -> tuple[str, str]:
+        """Go to a place and open it, then do `then`."""
+        if f"go to {place}" in can:
+            return f"{why} go to {place}.", f"go to {place}"
+        if f"open {place}" in can and then not in can:
+            return f"{why} {place} is closed, open it.", f"open {place}"
+        if then in can:
+            return f"{why} do it here.", then
+        return f"{why} look closer.", f"examine {place}"
+
+    def first(kind: str) -> str | None:
+        """The lowest-numbered place of a type; the one where we are does not stand in the `go to` list."""
+        names = {p for p in gone_to if type_of(p) == kind}
+        names |= {c.split(" ", 1)[1] for c in admissible if c.startswith(("examine ", "open ", "close ")) and type_of(c.split(" ", 1)[1]) == kind}
+        return min(names, key=number_of, default=None)
+
+    def search(thing: str) -> tuple[str, str]:
+        """The next place in the search order that has not been looked into."""
+        rooms = set(gone_to) | {c.split(" ", 1)[1] for c in admissible if c.startswith(("examine ", "open ")) and c.split(" ", 1)[1] != held}
+        order = prior.order(thing, rooms)
+        here = next((c[5:] for c in admissible if c.startswith("open ") and c[5:] == belief.here), None)
+        if here and here not in belief.contents and prior.chance(thing, type_of(here)) > 0:
+            return f"need {thing}. {here} is closed, open it.", f"open {here}"
+        last = next((p for p in reversed(belief.searched) if p in order), None)
+        start = order.index(last) + 1 if last else 0
+        for place in order[start:] + order[:start]:
+            if place not in belief.contents and f"go to {place}" in can:
+                return f"need {thing}. look in {place}.", f"go to {place}"
+            if place not in belief.contents and place not in gone_to:
+                then = f"open {place}" if f"open {place}" in can else f"examine {place}"
+                return f"need {thing}. look in {place}.", then
+        # Everything the memory holds was looked into: begin again from the top.
+        again = next((p for p in order if f"go to {p}" in can), None)
+        return f"need {thing}. look in {again} again.", f"go to {again}" if again else "look"
+
+    if held and type_of(held) != goal.obj:
+        drops = [c for c in admissible if re.match(rf"(?:put|move) {held} ", c)]
+        if drops:
+            return f"{held} is not needed. put it down.", drops[0]
+        place = min(gone_to, key=lambda p: (type_of(p) not in ("countertop", "sidetable", "dresser", "desk", "coffeetable"), number_of(p)), default=None)
+        return f"{held} is not needed. go to {place}.", f"go to {place}" if place else "look"
+
+    if held:
+        if goal.kind == "light":
+            if lamps := [c for c in admissible if c.startswith(f"use {goal.recep} ")]:
+                return f"have {held}. {lamps[0][4:]} is here, use it.", lamps[0]
+            for place, items in belief.contents.items():
+                if any(type_of(i) == goal.recep for i in items) and f"go to {place}" in can:
+                    return f"have {held}. {goal.recep} is on {place}. go to {place}.", f"go to {place}"
+            thought, command = search(goal.recep)
+            return f"have {held}. {thought}", command
+        if goal.kind in _APPLIANCE and belief.done_to.get(held) != goal.kind:
+            do = [c for c in admissible if c.startswith(f"{goal.kind} {held} with ")]
+            if do:
+                return f"have {held}, not {state}. {goal.kind} it here.", do[0]
+            place = first(_APPLIANCE[goal.kind])
+            if place:
+                return f"have {held}, not {state}. go to {place}.", f"go to {place}" if f"go to {place}" in can else f"examine {place}"
+        place = first(goal.recep)
+        if place is None:
+            return f"have {held}. no {goal.recep} here, look around.", "look"
+        put = next((c for c in admissible if re.match(rf"(?:put|move) {held} (?:to|in/on|in|on) {place}$", c)), "")
+        if put:
+            return f"have {state + ' ' if state else ''}{held}. put it on {place}.", put
+        return reach(place, f"have {state + ' ' if state else ''}{held}.", put)
+
+    target = first(goal.recep) if goal.kind == "two" else None
+    kept = {o for o, _ in belief.placed} if goal.kind in ("place", "two") else set()
+
+    def wanted(item: str, place: str) -> bool:
+        if type_of(item) != goal.obj or item in kept:
+            return False
+        return not (goal.kind == "place" and type_of(place) == goal.recep) and place != target
+
+    for command in admissible:
+        if match := re.match(r"take ([a-z]+ \d+) from ([a-z]+ \d+)$", command):
+            if wanted(match[1], match[2]):
+                return f"{match[1]} is on {match[2]}. take it.", command
+    for place, items in belief.contents.items():
+        item = next((i for i in sorted(items) if wanted(i, place)), None)
+        if item and f"go to {place}" in can:
+            return f"{item} is on {place}. go to {place}.", f"go to {place}"
+    return search(goal.obj)
+
+
+def _held(admissible: Sequence[str], prior: Prior) -> str | None:
+    """What the hands hold: the only thing that can be examined and is not a receptacle."""
+    for command in admissible:
+        if command.startswith("examine ") and type_of(command[8:]) not in prior.places:
+            return command[8:]
+    return None
+
+
+class Expert:
+    """Plays one episode with the memory of the last `window` pairs; None remembers everything."""
+
+    def __init__(self, task: str, prior: Prior, window: int | None = None):
+        self.goal = parse_goal(task)
+        self.prior = prior
+        self.window = window
+        self.pairs: list[tuple[str, str]] = []
+
+    def act(self, observation: str, admissible: Sequence[str]) -> tuple[str, str]:
+        """(thought, command) for this observation; remembers nothing until `remember` says what was really done."""
+        pairs = self.pairs if self.window is None else self.pairs[max(0, len(self.pairs) - self.window):]
+        return advise(self.goal, believe(pairs, observation), admissible, self.prior)
+
+    def remember(self, observation: str, command: str) -> None:
+        self.pairs.append((observation, command))

@@ -1,0 +1,31 @@
+"""What every environment pool offers: many episodes side by side, addressed by their place in a list."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from gcdlite.records import Observation, Task
+
+
+class Pool(Protocol):
+    """Episodes of one environment, stepped together.
+
+    The members of a group are consecutive equal tasks in the list given to `reset`; they always play the same game.
+    """
+
+    def tasks(self, level: str) -> list[Task]:
+        """All tasks of a level (`train`, `L0`, `L1`, `L2`, …), each once, in a fixed order."""
+        ...
+
+    def reset(self, tasks: Sequence[Task]) -> list[Observation]:
+        """Begin one episode for each task; the observations carry `description`, the task in words."""
+        ...
+
+    def step(self, actions: Sequence[str | None]) -> list[Observation | None]:
+        """Send an action to each episode; None leaves it alone and answers None."""
+        ...
+
+    def close(self) -> None:
+        """End what the pool started (worker processes). A closed pool is not used again."""
+        ...

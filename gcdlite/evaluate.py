@@ -1,0 +1,73 @@
+"""Success on the levels L0, L1, L2: every game once, without suggestions; and how well the policy judges its turns."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+
+from gcdlite.config import Config
+from gcdlite.envs.alfworld.games import stratified
+from gcdlite.envs.base import Pool
+from gcdlite.gcd import judge as judging
+from gcdlite.gcd.labels import label
+from gcdlite.policy import Policy
+from gcdlite.records import Episode
+from gcdlite.rollout import metrics, play
+
+
+def wilson(wins: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share (Wilson 1927).
+
+    >>> [round(x, 3) for x in wilson(16, 32)]
+    [0.336, 0.664]
+    """
+    if n == 0:
+        return 0.0, 1.0
+    p, z2 = wins / n, z * z
+    middle, spread = p + z2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    return (middle - spread) / (1 + z2 / n), (middle + spread) / (1 + z2 / n)
+
+
+def evaluate(policy: Policy, pool: Pool, level: str, config: Config, batch: int = 128) -> tuple[dict[str, float], list[Episode]]:
+    """(metrics `eval/<level>…`, episodes) of one level.
+
+    `eval/L0` is the share of won games, `/low` and `/high` its Wilson interval, `/n` their number, `/type/<type>` the
+    share by task type. With `eval.judge_turns` the policy judges that many of its own turns, half of them good and
+    half bad by the oracle, greedily. Nothing here touches the training's random states.
+    """
+    tasks = pool.tasks(level)
+    if config.eval.limit:
+        tasks = stratified(tasks, config.eval.limit)
+    rng = torch.Generator().manual_seed(config.seed)
+    episodes: list[Episode] = []
+    for start in range(0, len(tasks), batch):
+        episodes += play(policy, pool, tasks[start : start + batch], config, rng, config.eval.temperature)
+    name = f"eval/{level}"
+    out = success(name, episodes)
+    played = metrics(episodes, 0.0)
+    for key in ("turns", "malformed", "inadmissible", "repeated", "response_tokens", "errors"):
+        out[f"{name}/{key}"] = played[f"rollout/{key}"]
+    if config.eval.judge_turns:
+        targets = judging.select(label(episodes, "oracle"), [], config.eval.judge_turns, random.Random(config.seed))
+        judgments = judging.judge(
+            policy, targets, group_size=1, success_rate=out[name], style=config.model.prompt,
+            max_new_tokens=config.gcd.max_new_tokens, temperature=0.0, rng=rng,
+        )  # fmt: skip
+        out |= {f"{name}/judge_{key}": value for key, value in judging.accuracy(judgments).items()}
+        out[f"{name}/judge_n"] = len(judgments)
+    return out, episodes
+
+
+def success(name: str, episodes: Sequence[Episode]) -> dict[str, float]:
+    """Share of won episodes with its interval, and by task type."""
+    wins, n = sum(e.won for e in episodes), len(episodes)
+    low, high = wilson(wins, n)
+    out = {name: wins / n if n else 0.0, f"{name}/low": low, f"{name}/high": high, f"{name}/n": n}
+    by_type: dict[str, list[bool]] = defaultdict(list)
+    for episode in episodes:
+        by_type[episode.task.type].append(episode.won)
+    return out | {f"{name}/type/{kind}": sum(won) / len(won) for kind, won in sorted(by_type.items())}

@@ -1,0 +1,84 @@
+"""`nano`: a Qwen2 of about one million parameters and a small BPE vocabulary of its own, made from nothing.
+
+In: texts of the game. Out: a tokenizer and an untrained model that go through the same code as any hub model.
+`coldstart.py` trains them; only the shipped result matters to users, who never wait for this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+VOCABULARY = 1152
+USER, ASSISTANT, END, PAD = "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
+TAGS = ["<think>", "</think>", "<action>", "</action>", "<advice>", "</advice>", "\\boxed{0}", "\\boxed{1}"]
+TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    + ASSISTANT + "{{ message['content'] }}" + END
+    + "{% else %}" + USER + "{{ message['content'] }}{% endif %}{% endfor %}"
+    + "{% if add_generation_prompt %}" + ASSISTANT + "{% endif %}"
+)  # fmt: skip
+
+# Pieces that BPE may join into one token. A numbered name (`apple 2`) may become one, which makes copying it from the
+# list a single step; fixed wordings become one, which halves the prompt. Names and wordings never grow together.
+_PIECES = [
+    r"\n(?:go to|examine|take|move|put|open|close|use|clean|heat|cool|look|inventory|slice|Saw: |Did: |Now: |Can:|Task: |Turn |Before:)",
+    r"(?:You are in the middle of a room\. Looking quickly around you|You arrive at|You pick up the|You open the|You close the)",
+    r"(?:You move the|You put the|Nothing happens\.|You are facing the|You are carrying:|You turn on the)",
+    r"(?:You heat the|You cool the|You clean the|There's nothing special about)",
+    r"(?:, you see nothing\.|, you see an?|, and an?|, an?| is closed\.| is open\. In it|\. Next to it| from the| using the| to the)",
+    r"(?:On the|go to|look in|put it|in/on)",
+    r" ?[a-z]+ \d+",
+    r" ?[A-Za-z]+",
+    r" ?\d+",
+    r"[^\sA-Za-z\d]+",
+    r"\s+",
+]
+
+
+def build_tokenizer(texts: Iterable[str], vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    """A byte-level BPE over the pieces above; every text can be written and comes back unchanged."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex("|".join(_PIECES)), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    core.decoder = decoders.ByteLevel()
+    special = [AddedToken(t, special=True, normalized=False) for t in (PAD, USER, ASSISTANT, END)]
+    core.add_special_tokens(special)
+    tags = [AddedToken(t, normalized=False) for t in TAGS]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary - len(tags),
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        min_frequency=2,
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    core.add_tokens(tags)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=END, clean_up_tokenization_spaces=False)
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int, *, hidden: int = 128, layers: int = 4, mlp: int = 384) -> Qwen2ForCausalLM:
+    """An untrained Qwen2 with tied embeddings; 0.93 million parameters with the defaults."""
+    config = Qwen2Config(
+        vocab_size=-(-len(tokenizer) // 32) * 32,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.02,
+        dtype="float32",
+    )
+    torch.manual_seed(seed)
+    return Qwen2ForCausalLM(config)

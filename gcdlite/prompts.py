@@ -1,0 +1,137 @@
+"""Every text that the model sees, and the parsers of what it answers.
+
+One prompt a turn, not one growing conversation. Its slots stand in the order that keeps the shared head long:
+instructions, suggestions (training only), task, turns taken, recent history, observation, admissible actions.
+Two wordings: `full` for instruction-tuned models, `brief` for `nano`, which pays for every token.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+INSTRUCTIONS = {
+    "full": (
+        "You control a robot in a simulated home and must finish the task below. "
+        "Each turn you send one command and then read what happened.\n"
+        "Before you answer, reason about the task, about what you have already seen and about what is still missing; "
+        "write this between <think> and </think>. "
+        "Then write exactly one command, copied from the list of admissible commands, between <action> and </action>."
+    ),
+    "brief": "Home robot. Answer <think>why</think><action>command</action>",
+}
+
+SLOTS = {
+    "full": {
+        "suggestions": "Lessons from earlier attempts:",
+        "task": "Task: ",
+        "turns": "Turns taken so far: ",
+        "history": "What happened last:",
+        "saw": "Observation: ",
+        "did": "Command: ",
+        "now": "Observation now: ",
+        "can": "Admissible commands:",
+    },
+    "brief": {
+        "suggestions": "Hints:",
+        "task": "Task: ",
+        "turns": "Turn ",
+        "history": "Before:",
+        "saw": "Saw: ",
+        "did": "Did: ",
+        "now": "Now: ",
+        "can": "Can:",
+    },
+}
+
+JUDGE = {
+    "full": (
+        "An agent works through household tasks, one command a turn; lately it finished {rate}% of them. "
+        "Below are the prompt of one of its turns and its answer. Decide whether the command was a good choice: "
+        "did it bring the task closer to its end, or was it wasted?\n"
+        "Reason briefly between <think> and </think>. Then give the verdict as \\boxed{{1}} for a good command or "
+        "\\boxed{{0}} for a bad one. After \\boxed{{0}}, name a better command between <action> and </action>. "
+        "End with one sentence of general advice to the agent, between <advice> and </advice>."
+    ),
+    "brief": "Judge the answer. Success {rate}%. Answer <think>why</think>\\boxed{{1}} good or \\boxed{{0}} bad, <action>better</action><advice>rule</advice>",
+}
+
+JUDGE_SLOTS = {
+    "full": ("===== The agent's prompt", "===== The agent's answer"),
+    "brief": ("Prompt:", "Answer:"),
+}
+
+_TAG = {tag: re.compile(rf"<{tag}>(.*?)</{tag}>", re.DOTALL) for tag in ("think", "action", "advice")}
+_BOXED = re.compile(r"\\boxed\{\s*([^}]*?)\s*\}")
+
+
+def turn_prompt(
+    style: str,
+    task: str,
+    turns_taken: int,
+    history: Sequence[tuple[str, str]],
+    observation: str,
+    admissible: Sequence[str],
+    suggestions: str = "",
+) -> str:
+    """The user message of one turn.
+
+    `history` holds the earlier (observation, action) pairs to show, oldest first; an empty one has no block.
+    `help` is left out of the admissible commands: it only repeats how commands are spelled.
+    """
+    s = SLOTS[style]
+    lines = [INSTRUCTIONS[style]]
+    if suggestions:
+        lines += [s["suggestions"], suggestions]
+    lines += [s["task"] + task, f"{s['turns']}{turns_taken}"]
+    if history:
+        lines.append(s["history"])
+        for saw, did in history:
+            lines += [s["saw"] + saw, s["did"] + did]
+    lines.append(s["now"] + observation)
+    lines.append(s["can"])
+    lines += [command for command in admissible if command != "help"]
+    return "\n".join(lines)
+
+
+def answer(thought: str, action: str) -> str:
+    """A well-formed response; experts speak through it."""
+    return f"<think>{thought}</think><action>{action}</action>"
+
+
+def parse_response(text: str) -> tuple[str, bool]:
+    """(action, malformed) of a response.
+
+    The first <action> block counts, lower-cased and stripped. The turn is malformed when either tag is missing or
+    empty; what is left of the action is still returned, and may be "".
+    """
+    action = _first("action", text).lower()
+    return action, not action or not _first("think", text)
+
+
+def judge_prompt(style: str, prompt: str, response: str, success_rate: float) -> str:
+    """The user message that asks for a verdict on a turn.
+
+    `prompt` is the turn's own prompt without the suggestion block, `success_rate` the agent's measured recent one.
+    """
+    shown, given = JUDGE_SLOTS[style]
+    head = JUDGE[style].format(rate=round(100 * success_rate))
+    return f"{head}\n{shown}\n{prompt}\n{given}\n{response}"
+
+
+def judgment(thought: str, verdict: int, better: str, advice: str) -> str:
+    """A well-formed judgment, as the cold start teaches it."""
+    better = f"<action>{better}</action>" if better and not verdict else ""
+    return f"<think>{thought}</think>\\boxed{{{verdict}}}{better}<advice>{advice}</advice>"
+
+
+def parse_judgment(text: str) -> tuple[int | None, str, str]:
+    """(verdict, better action, advice). The last \\boxed{} counts; anything but 0 or 1 in it is no verdict (None)."""
+    boxed = _BOXED.findall(text)
+    verdict = int(boxed[-1]) if boxed and boxed[-1] in ("0", "1") else None
+    return verdict, _first("action", text).lower(), _first("advice", text)
+
+
+def _first(tag: str, text: str) -> str:
+    match = _TAG[tag].search(text)
+    return match.group(1).strip() if match else ""

@@ -1,0 +1,125 @@
+"""Everything that flows through the loop, as plain records.
+
+Environments give `Observation`s, the rollout joins them into `Turn`s, `Episode`s and `Group`s, the judge adds
+`Judgment`s, and all of that becomes `Sample`s, the only thing that `update` knows. No record has behaviour beyond
+a property that spells out its definition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+class UserError(Exception):
+    """A fault that the user can mend. `run.py` prints its one line and exits with code 2."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One game. Members of a group share it, and evaluation enumerates it once."""
+
+    id: str  # stable name inside the data set, for logs and seeds
+    type: str  # e.g. "pick_heat_then_place_in_recep"
+    path: str  # where the environment finds it
+
+
+@dataclass(slots=True)
+class Observation:
+    """What the environment answers.
+
+    `plan` and `revealed` are the simulator's own knowledge: they serve the oracle labeller and never reach a prompt.
+    """
+
+    text: str
+    admissible: list[str]
+    won: bool = False
+    done: bool = False
+    score: float = 0.0  # ScienceWorld: 0-100; ALFWorld: 0 or 100
+    description: str = ""  # the task in words; only a pool's reset fills it
+    error: str | None = None  # why the environment gave up; the episode ends here
+    plan: int | None = None  # actions in the shortest remaining plan; None: unknown or impossible
+    revealed: bool = False  # the action showed the content of a place for the first time in this episode
+
+
+@dataclass
+class Turn:
+    """One decision: what the agent saw, what it wrote, what came of it."""
+
+    observation: str  # the text that the agent saw when it decided
+    admissible: list[str]
+    prompt_ids: list[int]
+    response_ids: list[int]
+    logprobs: list[float]  # one per response token, of the policy that sampled, at the sampling temperature
+    response: str
+    action: str  # what was sent to the environment
+    malformed: bool  # a tag is missing or empty
+    is_admissible: bool
+    result: str = ""  # the observation that followed
+    plan_before: int | None = None
+    plan_after: int | None = None
+    revealed: bool = False
+    bare_prompt: str = ""  # the prompt's text without the suggestion block: what the judge is shown
+
+
+@dataclass
+class Episode:
+    task: Task
+    description: str  # the task in words, as the environment states it
+    turns: list[Turn] = field(default_factory=list)
+    won: bool = False
+    score: float = 0.0
+    reward: float = 0.0  # R in the papers: `reward.success` if won, else 0
+    error: str | None = None  # why the environment gave up, if it did
+
+
+@dataclass
+class Group:
+    """G episodes of one and the same task (GRPO's baseline is their mean)."""
+
+    task: Task
+    episodes: list[Episode]
+
+    @property
+    def success(self) -> float:
+        return sum(e.won for e in self.episodes) / len(self.episodes)
+
+
+@dataclass
+class LabelledTurn:
+    """A turn with a label: 1 good, 0 bad."""
+
+    turn: Turn
+    label: int
+    source: str  # which labeller said so
+    iteration: int = 0  # when the turn was played
+
+
+@dataclass
+class Judgment:
+    """One sampled verdict on a labelled turn. `reward` is 1 if the verdict equals the label, else 0."""
+
+    target: LabelledTurn
+    prompt_ids: list[int]
+    response_ids: list[int]
+    logprobs: list[float]
+    response: str
+    verdict: int | None  # None: unparsable
+    advice: str = ""
+
+    @property
+    def reward(self) -> float:
+        return float(self.verdict is not None and self.verdict == self.target.label)
+
+
+@dataclass
+class Sample:
+    """One response and its advantages: all that `update` knows, whichever stream it comes from."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    advantages: list[float]  # one per response token
+    logprobs: list[float]  # log-probs of the sampling policy, one per response token
+    stream: str = "policy"  # "policy" or "judgment"
+    unit: int = 0  # samples of one episode (or one judged turn) share it: they stay in one minibatch
+    old_values: list[float] | None = None  # ppo only
+    returns: list[float] | None = None  # ppo only

@@ -1,0 +1,115 @@
+"""Tasks in, groups of played episodes out: every turn of every unfinished episode is generated in one call."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from gcdlite import prompts
+from gcdlite.config import Config
+from gcdlite.envs.base import Pool
+from gcdlite.policy import Policy
+from gcdlite.records import Episode, Group, Observation, Task, Turn
+
+HARMLESS = "nothing"  # sent for a malformed turn without an action: no engine knows it, so it only costs the turn
+
+
+def collect(
+    policy: Policy, pool: Pool, tasks: Sequence[Task], config: Config, rng: torch.Generator, suggestions: str = ""
+) -> tuple[list[Group], dict[str, float]]:
+    """`rollout.group_size` episodes of each task, sampled at the training temperature; (groups, metrics)."""
+    size = config.rollout.group_size
+    start = time.perf_counter()
+    episodes = play(policy, pool, [t for t in tasks for _ in range(size)], config, rng, config.rollout.temperature, suggestions)
+    groups = [Group(task, episodes[i * size : (i + 1) * size]) for i, task in enumerate(tasks)]
+    return groups, metrics(episodes, time.perf_counter() - start)
+
+
+def play(
+    policy: Policy,
+    pool: Pool,
+    tasks: Sequence[Task],
+    config: Config,
+    rng: torch.Generator,
+    temperature: float,
+    suggestions: str = "",
+) -> list[Episode]:
+    """One episode a task, in their order, all side by side. A task that stands in the list twice is played twice.
+
+    An environment that fails ends its own episode, which keeps the cause in `error` and earns nothing.
+    """
+    observations: list[Observation | None] = list(pool.reset(tasks))
+    episodes = [Episode(task, o.description, error=o.error) for task, o in zip(tasks, observations)]
+    while active := [i for i, o in enumerate(observations) if o is not None and not o.done]:
+        turns = [_ask(policy, episodes[i], observations[i], config, suggestions) for i in active]
+        answers = policy.generate(
+            [t.prompt_ids for t in turns], max_new_tokens=config.rollout.max_new_tokens, temperature=temperature, rng=rng
+        )
+        actions: list[str | None] = [None] * len(tasks)
+        for i, turn, answer in zip(active, turns, answers):
+            turn.response_ids, turn.logprobs = answer.ids, answer.logprobs
+            turn.response = policy.decode(answer.ids)
+            turn.action, turn.malformed = prompts.parse_response(turn.response)
+            turn.action = turn.action or HARMLESS
+            turn.is_admissible = turn.action in turn.admissible
+            actions[i] = turn.action
+        results = pool.step(actions)
+        for i, turn in zip(active, turns):
+            episode, after = episodes[i], results[i]
+            episode.turns.append(turn)
+            turn.result, turn.plan_after, turn.revealed = after.text, after.plan, after.revealed
+            episode.won, episode.score, episode.error = after.won, after.score, after.error
+            observations[i] = None if len(episode.turns) >= config.env.max_turns else after
+    for episode in episodes:
+        episode.reward = config.reward.success if episode.won else 0.0
+    return episodes
+
+
+def _ask(policy: Policy, episode: Episode, observation: Observation, config: Config, suggestions: str) -> Turn:
+    """The turn that this observation begins: its prompt is ready, its answer still empty."""
+    window = config.env.history_length
+    pairs = [(t.observation, t.action) for t in episode.turns]
+    history = pairs if window == "full" else pairs[max(0, len(pairs) - window) :]
+
+    def text(history, suggestions: str) -> str:
+        return prompts.turn_prompt(
+            config.model.prompt, episode.description, len(episode.turns), history, observation.text, observation.admissible, suggestions
+        )
+
+    ids = policy.encode(text(history, suggestions))
+    while len(ids) > config.rollout.max_prompt_tokens and history:
+        history = history[1:]  # the oldest pair goes first
+        ids = policy.encode(text(history, suggestions))
+    return Turn(
+        observation=observation.text,
+        admissible=observation.admissible,
+        prompt_ids=ids,
+        response_ids=[],
+        logprobs=[],
+        response="",
+        action="",
+        malformed=False,
+        is_admissible=False,
+        plan_before=observation.plan,
+        bare_prompt=text(history, ""),
+    )
+
+
+def metrics(episodes: Sequence[Episode], seconds: float) -> dict[str, float]:
+    """What the run log says of played episodes. Shares are over turns, `turns` is the mean over episodes."""
+    turns = [t for e in episodes for t in e.turns]
+    n = max(1, len(turns))
+    generated = sum(len(t.response_ids) for t in turns)
+    return {
+        "rollout/success": sum(e.won for e in episodes) / len(episodes),
+        "rollout/turns": len(turns) / len(episodes),
+        "rollout/malformed": sum(t.malformed for t in turns) / n,
+        "rollout/inadmissible": sum(not t.is_admissible for t in turns) / n,
+        "rollout/repeated": sum(a.action == b.action for e in episodes for a, b in zip(e.turns, e.turns[1:])) / n,
+        "rollout/response_tokens": generated / n,
+        "rollout/prompt_tokens": sum(len(t.prompt_ids) for t in turns) / n,
+        "rollout/tokens_per_s": generated / seconds if seconds else 0.0,
+        "rollout/errors": sum(e.error is not None for e in episodes),
+    }

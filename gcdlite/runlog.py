@@ -1,0 +1,196 @@
+"""The run folder: settings and environment in, then one event a line. Everything shown to people is read from here.
+
+    DIR/config.yaml        every setting in use
+    DIR/environment.json   command, commit, package versions, machine
+    DIR/events.jsonl       {"iteration", "phase", "time", ...metrics}
+    DIR/episodes.jsonl     a few episodes of each iteration, as text
+    DIR/checkpoints/       what a run needs to go on
+    DIR/adapter/           the trained adapter, for PeftModel.from_pretrained
+    DIR/summary.json       before and after, at the end
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any
+
+from gcdlite.config import Config, dump
+from gcdlite.records import Episode, UserError
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl", "alfworld", "textworld", "scienceworld", "numpy")
+
+Listener = Callable[[dict[str, Any]], None]
+
+
+class RunLog:
+    """Writes the run folder and tells listeners (a dashboard) what it writes."""
+
+    def __init__(self, folder: Path, listeners: Iterable[Listener] = ()):
+        self.folder = folder
+        self.listeners = list(listeners)
+        self._file: IO[str] | None = None  # held open while the folder is ours
+
+    @classmethod
+    def create(cls, folder: Path, config: Config, listeners: Iterable[Listener] = ()) -> RunLog:
+        """Begin a new run. Raises UserError when the folder already holds something, or cannot be written."""
+        check_free(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            dump(config, folder / "config.yaml")
+            (folder / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write the output folder {folder}: {error.strerror}; name another with --out") from None
+        log = cls(folder, listeners)
+        log.lock()
+        return log
+
+    @classmethod
+    def resume(cls, folder: Path, iteration: int, listeners: Iterable[Listener] = ()) -> RunLog:
+        """Go on with a run: what was logged after `iteration` belongs to work that was lost, and is dropped."""
+        log = cls(folder, listeners)
+        log.lock()
+        for name in ("events.jsonl", "episodes.jsonl"):
+            file = folder / name
+            kept = [e for e in read_lines(file) if e["iteration"] <= iteration]
+            scratch = file.with_suffix(".tmp")
+            scratch.write_text("".join(json.dumps(e) + "\n" for e in kept), encoding="utf-8")
+            os.replace(scratch, file)
+        return log
+
+    def lock(self) -> None:
+        """Claim the folder for this process; the lock ends with the process, however it ends.
+
+        Raises UserError when another run is writing here.
+        """
+        try:
+            import fcntl
+        except ImportError:  # Windows: no lock, the check for an empty folder has to do
+            return
+        self._file = open(self.folder / ".lock", "w")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another run is writing to {self.folder}; wait for it, stop it, or name another folder with --out") from None
+
+    def unlock(self) -> None:
+        """Give the folder back before the process ends."""
+        if self._file:
+            self._file.close()
+            self._file = None
+
+    def emit(self, iteration: int, phase: str, metrics: dict[str, Any]) -> None:
+        """Append one event."""
+        event = {"iteration": iteration, "phase": phase, "time": round(time.time(), 3)}
+        event |= {k: _clean(v) for k, v in metrics.items()}
+        with open(self.folder / "events.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+        self.tell(event)
+
+    def tell(self, event: dict[str, Any]) -> None:
+        """Show something that is not worth a line in the log: which phase has begun, the last episode."""
+        for listener in self.listeners:
+            listener(event)
+
+    def episodes(self, iteration: int, phase: str, episodes: Iterable[Episode]) -> None:
+        """Keep episodes as text."""
+        with open(self.folder / "episodes.jsonl", "a", encoding="utf-8") as file:
+            for episode in episodes:
+                record = {"iteration": iteration, "phase": phase} | episode_text(episode)
+                file.write(json.dumps(record) + "\n")
+                self.tell({"episode": record, "iteration": iteration, "phase": phase})
+
+    def events(self) -> list[dict[str, Any]]:
+        return read_lines(self.folder / "events.jsonl")
+
+
+def check_free(folder: Path) -> None:
+    """Raises UserError when the folder cannot become a new run's: it holds something, or is no folder."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"the output folder {folder} is a file; name another with --out")
+    if folder.is_dir() and any(folder.iterdir()):
+        hint = f"--resume {folder} goes on with it; " if (folder / "checkpoints").is_dir() else ""
+        raise UserError(f"the output folder {folder} is in use; {hint}name another with --out")
+
+
+def check_idle(folder: Path) -> None:
+    """Raises UserError when another run is writing to the folder."""
+    log = RunLog(folder)
+    log.lock()
+    log.unlock()
+
+
+def episode_text(episode: Episode) -> dict[str, Any]:
+    """An episode as plain data, without token ids."""
+    return {
+        "task": episode.task.id,
+        "type": episode.task.type,
+        "description": episode.description,
+        "won": episode.won,
+        "error": episode.error,
+        "turns": [
+            {"observation": t.observation, "response": t.response, "action": t.action, "admissible": t.is_admissible, "result": t.result}
+            for t in episode.turns
+        ],
+    }
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """Events of a file; a last line cut short by a crash is left out."""
+    if not file.is_file():
+        return []
+    events = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return events
+
+
+def _clean(value: Any) -> Any:
+    """JSON knows no NaN; numbers are cut to six digits that anyone can read."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def environment() -> dict[str, Any]:
+    """What ran, where: for the run folder and for bug reports."""
+    import torch
+
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": {name: v for name in PACKAGES if (v := installed(name))},
+        "system": platform.platform(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the code, with `+` when the tree differs from it; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
+        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "") if head.returncode == 0 else None

@@ -1,0 +1,149 @@
+"""One iteration's optimizer steps: samples in, a trained adapter and statistics out.
+
+L = L_policy + lambda * L_judgment, each averaged over its own response tokens. The same clipped loss and the same KL
+serve both streams; `joint` adds both gradients before one optimizer step, `separate` takes a step for each.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+
+from gcdlite.config import Config
+from gcdlite.losses import clipped_policy_loss, k3, token_weights
+from gcdlite.packing import logprobs, pack
+from gcdlite.policy import Policy
+from gcdlite.records import Sample
+
+STREAMS = ("policy", "judgment")
+
+
+def make_optimizer(policy: Policy, config: Config) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW over the adapter, and a learning rate that is constant after `update.warmup` optimizer steps."""
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.update.lr, weight_decay=config.update.weight_decay)
+    warmup = config.update.warmup
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
+    return optimizer, schedule
+
+
+def update(
+    policy: Policy,
+    samples: Sequence[Sample],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    config: Config,
+    rng: random.Random,
+) -> dict[str, float]:
+    """Train the adapter on the samples; returns `loss/policy`, `loss/judgment`, `kl`, `grad_norm`, `clip_share` …
+
+    Losses are the means over optimizer steps of the value that was trained on. A step whose gradient is not finite is
+    skipped and counted in `steps_skipped`.
+    """
+    cfg = config.update
+    samples = [s for s in samples if s.response_ids]
+    reference = _reference_logprobs(policy, samples, config) if cfg.kl else None
+    totals: dict[str, list[float]] = defaultdict(list)
+    policy.model.train()
+    try:
+        for _ in range(cfg.epochs):
+            for batch in minibatches(samples, cfg.minibatches, rng):
+                together = [batch] if config.gcd.update == "joint" else [[i for i in batch if samples[i].stream == s] for s in STREAMS]
+                for part in filter(None, together):
+                    for key, value in _step(policy, samples, part, reference, optimizer, config).items():
+                        totals[key].append(value)
+                    schedule.step()
+    finally:
+        policy.model.eval()
+        policy.changed()
+    stats = {key: sum(values) / len(values) for key, values in totals.items()}
+    stats["steps_skipped"] = sum(totals["steps_skipped"])
+    return stats
+
+
+def minibatches(samples: Sequence[Sample], count: int, rng: random.Random) -> list[list[int]]:
+    """Indices of the samples of each optimizer step.
+
+    Units (episodes, judged turns) are shuffled and dealt out whole; every step gets its share of both streams.
+    """
+    batches: list[list[int]] = [[] for _ in range(count)]
+    for stream in STREAMS:
+        units: dict[int, list[int]] = defaultdict(list)
+        for i, sample in enumerate(samples):
+            if sample.stream == stream:
+                units[sample.unit].append(i)
+        order = list(units)
+        rng.shuffle(order)
+        for place, unit in enumerate(order):
+            batches[place % count] += units[unit]
+    return [b for b in batches if b]
+
+
+def _step(policy, samples, batch, reference, optimizer, config: Config) -> dict[str, float]:
+    """One optimizer step over the samples `batch` points at."""
+    cfg = config.update
+    weights: dict[int, float] = {}  # sample -> weight of each of its tokens in the loss
+    counts: dict[str, int] = {}
+    for stream in STREAMS:
+        mine = [i for i in batch if samples[i].stream == stream]
+        lengths = [len(samples[i].response_ids) for i in mine]
+        limit = config.rollout.max_new_tokens if stream == "policy" else config.gcd.max_new_tokens
+        if mine:
+            weights.update(zip(mine, token_weights(lengths, cfg.loss_agg, limit)))
+            counts[stream] = sum(lengths)
+    device = policy.device
+    sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=device))
+    optimizer.zero_grad(set_to_none=True)
+    chosen = [samples[i] for i in batch]
+    for p in make_packs(policy, chosen, config):
+        mine = [batch[k] for k in p.samples]
+        new = logprobs(policy.model, p, config.rollout.temperature).logprobs  # (N,)
+
+        def flat(rows) -> torch.Tensor:
+            """One value a response token, in the pack's order: (N,)"""
+            return torch.tensor([v for row in rows for v in row], device=device)
+
+        old = flat(samples[i].logprobs for i in mine)
+        advantage = flat(samples[i].advantages for i in mine)
+        weight = flat([weights[i]] * len(samples[i].response_ids) for i in mine)
+        is_judgment = flat([float(samples[i].stream == "judgment")] * len(samples[i].response_ids) for i in mine)
+        loss = clipped_policy_loss(new, old, advantage, cfg.clip, cfg.dual_clip)
+        if reference is not None:
+            kl = k3(new, flat(reference[i] for i in mine))
+            loss = loss + cfg.kl * kl
+            sums["kl"] += (kl.detach() * (1 - is_judgment)).sum()
+        weighted = loss * weight
+        (weighted * torch.where(is_judgment > 0, config.gcd.weight, 1.0)).sum().backward()
+        with torch.no_grad():
+            sums["loss/policy"] += (weighted * (1 - is_judgment)).sum()
+            sums["loss/judgment"] += (weighted * is_judgment).sum()
+            sums["clip_share"] += ((new - old).exp() - 1).abs().gt(cfg.clip).sum()
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
+    finite = bool(torch.isfinite(norm))
+    if finite:
+        optimizer.step()
+    stats = {f"loss/{s}": sums[f"loss/{s}"].item() for s in counts}
+    if "policy" in counts and reference is not None:
+        stats["kl"] = sums["kl"].item() / counts["policy"]
+    stats["clip_share"] = sums["clip_share"].item() / sum(counts.values())
+    return stats | {"grad_norm": norm.item() if finite else float("nan"), "steps_skipped": float(not finite)}
+
+
+def make_packs(policy: Policy, samples: Sequence[Sample], config: Config):
+    """The samples' packs for this model (a stem is impossible where layers are checkpointed)."""
+    width = policy.model.config.get_text_config().hidden_size
+    return pack(samples, config.update.token_budget, width=width, stem=not config.model.checkpointing)
+
+
+@torch.no_grad()
+def _reference_logprobs(policy: Policy, samples: Sequence[Sample], config: Config) -> list[list[float]]:
+    """Log-probs of every response token under the frozen reference, before anything is trained."""
+    out: list[list[float]] = [[] for _ in samples]
+    with policy.reference():
+        for p in make_packs(policy, samples, config):
+            values = logprobs(policy.model, p, config.rollout.temperature).logprobs.tolist()
+            for k, i in enumerate(p.samples):
+                out[i] = values[p.offsets[k] : p.offsets[k + 1]]
+    return out

@@ -1,0 +1,529 @@
+"""What a run looks like while it goes on: a live picture on a terminal, one line an event elsewhere.
+
+In: the events of the run log, as they come or read from a run folder. Out: text. It knows nothing but events and the
+settings, and the loop does not know it: it is one of the run log's listeners.
+
+    python -m gcdlite.view.dashboard DIR --svg FILE     a picture of a run folder's dashboard
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.layout import Layout
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from gcdlite.config import Config, load
+from gcdlite.records import UserError
+from gcdlite.runlog import read_lines
+from gcdlite.view.transcript import outcome, thought
+
+Event = dict[str, Any]
+
+BARS = "▁▂▃▄▅▆▇█"
+PHASE_COLOURS = {"rollout": "cyan", "judge": "magenta", "update": "yellow"}
+PICTURE_ROWS = 28  # of the picture that stays on the screen
+
+
+# --- what the events have said so far
+
+
+@dataclass
+class State:
+    """Everything that is shown, gathered from events."""
+
+    config: Config
+    train: dict[int, Event] = field(default_factory=dict)  # iteration -> its event
+    evals: dict[int, Event] = field(default_factory=dict)
+    episode: Event | None = None  # the last one told of
+    phase: str = ""  # what runs now, "" when nothing does
+    since: float = 0.0  # when it began, in seconds of time.monotonic
+    began: float | None = None  # when this sitting began
+
+    def add(self, event: Event, now: float) -> None:
+        if "begins" in event:
+            self.phase, self.since = event["begins"], now
+            if self.began is None:
+                self.began = now
+        elif "episode" in event:
+            self.episode = event["episode"] | {"iteration": event["iteration"], "phase": event["phase"]}
+        elif event["phase"] == "train":
+            self.train[event["iteration"]] = event
+        elif event["phase"] == "eval":
+            self.evals[event["iteration"]] = event
+
+    @property
+    def done(self) -> int:
+        return max(self.train, default=0)
+
+    def series(self, name: str) -> list[float | None]:
+        """A metric of every iteration so far; None where it was not measured."""
+        return [self.train[i].get(name) for i in sorted(self.train)]
+
+    def latest(self, name: str) -> float | None:
+        return self.train[self.done].get(name) if self.train else None
+
+    def seconds_left(self) -> float | None:
+        """Estimate from the median of the last five iterations and the longest evaluation; None before the first."""
+        recent = [s for s in self.series("time/iteration")[-5:] if s is not None]
+        if not recent:
+            return None
+        config, left = self.config, self.config.steps - self.done
+        due = [i for i in range(self.done, config.steps + 1) if i not in self.evals and (i == config.steps or is_due(i, config))]
+        evaluation = max((e.get("time/eval") or 0.0 for e in self.evals.values()), default=0.0)
+        return left * statistics.median(recent) + len(due) * evaluation
+
+
+def is_due(iteration: int, config: Config) -> bool:
+    """Whether the loop evaluates after this iteration (the last one aside)."""
+    every = config.eval.every
+    return bool(every and iteration and iteration % every == 0)
+
+
+# --- numbers and small drawings
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def number(value: float | None, form: str = ".4f") -> str:
+    return "–" if value is None else format(value, form)
+
+
+def clock(seconds: float | None) -> str:
+    """
+    >>> clock(75), clock(3675), clock(None)
+    ('1:15', '1:01:15', '–')
+    """
+    if seconds is None:
+        return "–"
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
+def sparkline(values: Sequence[float | None], width: int) -> str:
+    """The last `width` values as bars between their least and greatest; a gap where there is none.
+
+    >>> sparkline([0.0, 1.0, None, 0.5], 8)
+    '▁█ ▅'
+    """
+    shown = values[-width:] if width > 0 else []
+    known = [v for v in shown if v is not None]
+    if not known:
+        return ""
+    low, high = min(known), max(known)
+    span = (high - low) or 1.0
+    return "".join(" " if v is None else BARS[int((v - low) / span * (len(BARS) - 1) + 0.5)] for v in shown)
+
+
+def curve(values: Sequence[float | None], width: int, height: int, length: int) -> list[str]:
+    """Values in [0, 1] as columns, `height` strings of `width` characters; the x axis has room for `length` values.
+
+    Where several values share a column it shows their mean. A column stands even for 0, so that it can be told from a
+    value that is missing.
+
+    >>> curve([0.0, 0.5, None, 1.0], 4, 2, 4)
+    ['   █', '▁█ █']
+    """
+    levels = []  # of each column, in eighths of a character; 0: nothing to show
+    for x in range(width):
+        first = x * length // width
+        known = [v for v in values[first : max(first + 1, (x + 1) * length // width)] if v is not None]
+        mean = min(1.0, max(0.0, sum(known) / len(known))) if known else 0.0
+        levels.append(max(1, round(mean * height * 8)) if known else 0)
+    scale = " " + BARS
+    return ["".join(scale[min(8, max(0, level - 8 * row))] for level in levels) for row in reversed(range(height))]
+
+
+# --- the picture
+
+
+def method(config: Config) -> str:
+    """The algorithm in words. With the engine's own knowledge as labels it is an upper bound, and never called GCD."""
+    return method_name(config.algo.name, config.gcd.labeller if config.gcd.enabled else None)
+
+
+def method_name(algorithm: str, labeller: str | None) -> str:
+    if labeller is None:
+        return algorithm
+    return f"{algorithm} + judgments by {labeller} labels, an upper bound" if "oracle" in labeller else f"{algorithm} + gcd ({labeller} labels)"
+
+
+def picture(state: State, width: int, height: int, now: float | None) -> RenderableType:
+    """The whole dashboard in `width` x `height` characters; `now` is None when nothing runs any more."""
+    levels = len(state.config.eval.levels)
+    rows = [Layout(header(state, width, now), name="header", size=2)]
+    numbers, results = 8, levels + 3
+    main = height - 2 - (numbers if height >= 18 else 0) - (results if height >= 24 else 0)
+    main_row, left = Layout(name="main", size=main), width // 2
+    main_row.split_row(
+        Layout(success_panel(state, left - 4, main - 2), size=left),
+        Layout(episode_panel(state, width - left - 4, main - 2)),
+    )
+    rows.append(main_row)
+    if height >= 18:
+        third = width // 3
+        row = Layout(name="numbers", size=numbers)
+        row.split_row(
+            Layout(training_panel(state, third - 4), size=third),
+            Layout(judge_panel(state, third - 4), size=third),
+            Layout(time_panel(state, width - 2 * third - 4)),
+        )
+        rows.append(row)
+    if height >= 24:
+        rows.append(Layout(evaluation_panel(state), name="evaluation", size=results))
+    whole = Layout()
+    whole.split_column(*rows)
+    return whole
+
+
+def panel(content: RenderableType, title: str) -> Panel:
+    return Panel(content, title=f"[bold]{title}[/]", title_align="left", border_style="bright_black", padding=(0, 1))
+
+
+def header(state: State, width: int, now: float | None) -> RenderableType:
+    config = state.config
+    model = Path(config.model.name).name
+    title = Text.assemble((" gcdlite ", "bold reverse"), f"  {config.env.name} · {model} · {method(config)} · seed {config.seed}", no_wrap=True, overflow="ellipsis")
+    if now is None:
+        doing = "finished" if state.done >= config.steps else "stopped"
+    else:
+        doing = f"{state.phase} {clock(now - state.since)}" if state.phase else "loading"
+    right = f" {state.done}/{config.steps}  {doing}"
+    if now is not None and state.began is not None:
+        right += f"  run {clock(now - state.began)}  left {clock(state.seconds_left())}"
+    room = max(4, width - len(right) - 1)
+    full = round(room * state.done / config.steps)
+    bar = Text(" ").append("━" * full, "green").append("━" * (room - full), "bright_black").append(right)
+    return Group(title, Text.assemble(bar, no_wrap=True, overflow="crop"))
+
+
+def success_panel(state: State, width: int, height: int) -> Panel:
+    values = state.series("rollout/success")
+    text = Text(no_wrap=True, overflow="ellipsis")
+    recent = [v for v in values[-5:] if v is not None]
+    text.append(percent(values[-1] if values else None), "bold green")
+    if len(recent) > 1:
+        text.append(f"  mean of last {len(recent)}: {percent(sum(recent) / len(recent))}", "dim")
+    tall = height - 2
+    if tall > 0:
+        marks = {0: "1.0", tall - 1: "0.0"} | ({tall // 2: "0.5"} if tall > 4 and tall % 2 else {})
+        for row, line in enumerate(curve(values, max(1, width - 4), tall, state.config.steps)):
+            text.append(f"\n{marks.get(row, ''):>3} ", "dim")
+            for bar in line:  # where the columns leave room, a guide line at each mark
+                text.append("┄" if bar == " " and row in marks else bar, "bright_black" if bar == " " else "green")
+    shares = [f"{100 * value:.0f} % {name}" for name in ("inadmissible", "malformed") if (value := state.latest(f"rollout/{name}")) is not None]
+    if shares:
+        text.append("\n" + ", ".join([f"{number(state.latest('rollout/turns'), '.1f')} turns", *shares]), "dim")
+    return panel(text, "success in training")
+
+
+def episode_panel(state: State, width: int, height: int) -> Panel:
+    """The end of the last episode: as many of its turns as there is room for."""
+    episode = state.episode
+    if not episode:
+        return panel(Text("none yet", "dim"), "last episode")
+    lines: list[Text] = []
+    for turn in episode["turns"]:
+        if why := thought(turn["response"]):
+            lines.append(Text(f"  {why}", "dim italic"))
+        lines.append(Text(f"> {turn['action']}", "cyan" if turn["admissible"] else "red"))
+        lines.append(Text(f"  {' '.join(turn['result'].split())}", "" if turn["admissible"] else "red"))
+    room = height - 2
+    lines = [Text(episode["description"], "bold"), *(lines[-room:] if room > 0 else []), outcome(episode)]
+    for line in lines:
+        line.truncate(width, overflow="ellipsis")
+    return panel(Text("\n").join(lines), f"last episode ({episode['phase']}, iteration {episode['iteration']})")
+
+
+def rows(state: State, width: int, names: Iterable[tuple[str, str, str]]) -> Table:
+    """(label, metric, format) a row, with a sparkline where there is room."""
+    table = Table.grid(padding=(0, 1))
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True, style="bold")
+    table.add_column(no_wrap=True, style="blue")
+    for label, name, form in names:
+        value = state.latest(name)
+        shown = percent(value) if form == "%" else number(value, form)
+        table.add_row(label, shown, sparkline(state.series(name), width - 22))
+    return table
+
+
+def training_panel(state: State, width: int) -> Panel:
+    names = [("policy loss", "loss/policy", "+.4f"), ("judge loss", "loss/judgment", "+.4f"), ("KL", "kl", ".4f"), ("grad norm", "grad_norm", ".3f"), ("clipped", "clip_share", "%")]
+    if not state.config.gcd.enabled:
+        del names[1]
+    zero = state.latest("groups/zero_variance")
+    note = Text(f"{number(zero, '.0f')} of {state.config.rollout.groups} groups tied", "dim", no_wrap=True, overflow="ellipsis")
+    return panel(Group(rows(state, width, names), note), "update")
+
+
+def judge_panel(state: State, width: int) -> Panel:
+    if not state.config.gcd.enabled:
+        return panel(Text("judgment training is off\n(--gcd turns it on)", "dim"), "judge")
+    names = [(label, f"gcd/{name}", "%") for label, name in (("balanced", "balanced_accuracy"), ("good turns", "accuracy_good"), ("bad turns", "accuracy_bad"), ("says bad", "verdict_bad_share"))]
+    labels = [number(state.latest(f"gcd/{name}"), ".0f") for name in ("labels_good", "labels_bad", "selected")]
+    note = Text("labels {} good {} bad\n{} turns judged".format(*labels), "dim", no_wrap=True, overflow="ellipsis")
+    return panel(Group(rows(state, width, names), note), "judge accuracy")
+
+
+def time_panel(state: State, width: int) -> Panel:
+    table = Table.grid(padding=(0, 1))
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True, style="bold")
+    table.add_column(no_wrap=True)
+    total = state.latest("time/iteration")
+    for name, colour in PHASE_COLOURS.items():
+        seconds = state.latest(f"time/{name}")
+        bar = "█" * round(max(1, width - 17) * seconds / total) if seconds and total else ""
+        table.add_row(name, number(seconds, ".1f") + " s", Text(bar, colour))
+    table.add_row("iteration", number(total, ".1f") + " s", "")
+    rate = Text(f"{number(state.latest('rollout/tokens_per_s'), '.0f')} tokens/s sampled", "dim")
+    return panel(Group(table, rate), "time")
+
+
+def evaluation_panel(state: State) -> Panel:
+    table = Table.grid(padding=(0, 3, 0, 0))
+    for _ in range(5):
+        table.add_column(no_wrap=True)
+    first, last = min(state.evals, default=None), max(state.evals, default=None)
+    if last is None:
+        return panel(Text("none yet", "dim"), "evaluation")
+    before = state.evals[0] if first == 0 else {}
+    after = state.evals[last] if last else {}
+    names = ("", "before", f"iteration {last}" if last else "after", "change", "judge")
+    table.add_row(*(Text(name, "dim") for name in names))
+    for level in state.config.eval.levels:
+        table.add_row(*level_row(level, of_event(before, level), of_event(after, level)))
+    return panel(table, "evaluation")
+
+
+def of_event(event: Event, level: str) -> Event:
+    """One level of an evaluation event, with the short names of summary.json."""
+    name = f"eval/{level}"
+    if name not in event:
+        return {}
+    return {"success": event[name], "judge": event.get(f"{name}/judge_balanced_accuracy")} | {k: event.get(f"{name}/{k}") for k in ("low", "high", "n")}
+
+
+def level_row(level: str, before: Event, after: Event) -> list[Text]:
+    """name, before, after, change, judge: each with its interval and number of games."""
+    change = Text("–", "dim")
+    if before and after:
+        points = 100 * (after["success"] - before["success"])
+        change = Text(f"{points:+.1f}", "bold green" if points > 0 else "bold red" if points < 0 else "bold")
+    judge = [percent(part.get("judge")) for part in (before, after) if part]
+    return [Text(level, "bold"), with_interval(before), with_interval(after), change, Text(" → ".join(judge) or "–")]
+
+
+def with_interval(part: Event) -> Text:
+    """`43.8 % (28–61, n 32)`, or a dash."""
+    if not part:
+        return Text("–", "dim")
+    text = Text(percent(part["success"]), "bold")
+    if part.get("low") is not None:
+        text.append(f" ({100 * part['low']:.0f}–{100 * part['high']:.0f}, n {part['n']:.0f})", "not bold dim")
+    return text
+
+
+# --- the end
+
+
+LEVELS = {"L0": "rooms seen in training", "L1": "new rooms", "L2": "new rooms, task types not trained on", "L2s": "seen rooms, task types not trained on"}
+
+
+def closing_table(summary: dict[str, Any]) -> RenderableType:
+    """L0, L1, L2 before and after, with 95 % intervals and numbers of games, from the data of summary.json."""
+    greedy = summary["eval_temperature"] == 0
+    about = [
+        f"{summary['environment']}, protocol {summary['protocol']}", Path(summary["model"]).name, method_name(summary["algorithm"], summary["labeller"]),
+    ]  # fmt: skip
+    how = f"seed {summary['seed']} · {summary['steps']} iterations · evaluated {'greedily' if greedy else 'at temperature ' + str(summary['eval_temperature'])}"
+    table = result_table(["level", "before", "after", "change", "judge"])
+    for level, parts in summary["levels"].items():
+        table.add_row(*level_row(level, parts.get("before", {}), parts.get("after", {})))
+    notes = ["Success in %, 95 % Wilson interval, n games. Judge: balanced accuracy against the oracle."]
+    notes += ["; ".join(f"{level}: {LEVELS[level]}" for level in summary["levels"] if level in LEVELS) + "."]
+    if cost := summary.get("inadmissible_cost"):
+        notes += [f"Training charged {cost:g} for an inadmissible action (ours; not in the papers)."]
+    if summary["model"] == "nano":
+        notes += ["nano's cold start holds judgments, so its runs without gcd are the paper's judge_GRPO; its figures say nothing about larger models."]
+    notes += [f"Training took {clock(summary['training_seconds'])}, the whole run {clock(summary['wall_seconds'])}."]
+    return Group(Text(" · ".join(about), "bold"), Text(how), table, *(Text(note, "dim") for note in notes))
+
+
+def evaluation_table(metrics: Event, config: Config) -> RenderableType:
+    """One evaluation: success a level with its interval, the judge's accuracy, and success by task type."""
+    table = result_table(["level", "success", "turns", "judge", "by type"])
+    for level in config.eval.levels:
+        part = of_event(metrics, level)
+        prefix = f"eval/{level}/type/"
+        types = "\n".join(f"{name.removeprefix(prefix)} {percent(value)}" for name, value in metrics.items() if name.startswith(prefix))
+        table.add_row(Text(level, "bold"), with_interval(part), number(metrics.get(f"eval/{level}/turns"), ".1f"), percent(part.get("judge")), types)
+    mode = "greedy" if config.eval.temperature == 0 else f"temperature {config.eval.temperature}"
+    about = f"{config.env.name}, protocol {config.env.protocol} · {Path(config.model.name).name} · {method(config)} · {mode}"
+    return Group(Text(about, "bold"), table)
+
+
+def result_table(names: Sequence[str]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+    for name in names:
+        table.add_column(name, no_wrap=True)
+    return table
+
+
+# --- lines, where there is no terminal
+
+
+def plain_line(event: Event, state: State) -> str | None:
+    """The line that stands for an event; None for what only the picture shows."""
+    if "begins" in event:
+        return f"evaluating {event['begins'].removeprefix('eval ')} after iteration {event['iteration']}" if event["begins"].startswith("eval ") else None
+    if "episode" in event:
+        return None
+    place = f"{event['iteration']}/{state.config.steps}"
+    get = event.get
+    if event["phase"] == "eval":
+        parts = [f"{level} {with_interval(of_event(event, level)).plain}" + judge_part(event, level) for level in state.config.eval.levels]
+        return f"eval {place}  " + "  ".join(parts) + f"  in {clock(get('time/eval'))}"
+    if event["phase"] != "train":
+        return None
+    parts = [
+        f"iteration {place}", f"success {percent(get('rollout/success'))}", f"turns {number(get('rollout/turns'), '.1f')}",
+        f"malformed {percent(get('rollout/malformed'))}", f"inadmissible {percent(get('rollout/inadmissible'))}",
+        f"policy loss {number(get('loss/policy'), '+.4f')}",
+    ]  # fmt: skip
+    if state.config.gcd.enabled:
+        parts += [
+            f"judge loss {number(get('loss/judgment'), '+.4f')}", f"judge {percent(get('gcd/balanced_accuracy'))}",
+            f"(good {percent(get('gcd/accuracy_good'))}, bad {percent(get('gcd/accuracy_bad'))}, says bad {percent(get('gcd/verdict_bad_share'))})",
+            f"labels {number(get('gcd/labels_good'), '.0f')} good {number(get('gcd/labels_bad'), '.0f')} bad, {number(get('gcd/selected'), '.0f')} judged",
+        ]  # fmt: skip
+    spent = ", ".join(f"{name} {get(f'time/{name}'):.1f}" for name in PHASE_COLOURS if get(f"time/{name}") is not None)
+    parts += [
+        f"kl {number(get('kl'))}", f"grad norm {number(get('grad_norm'), '.3f')}",
+        f"{number(get('time/iteration'), '.1f')} s ({spent})", f"left {clock(state.seconds_left())}",
+    ]  # fmt: skip
+    return "  ".join(parts)
+
+
+def judge_part(event: Event, level: str) -> str:
+    accuracy = event.get(f"eval/{level}/judge_balanced_accuracy")
+    return "" if accuracy is None else f" judge {percent(accuracy)}"
+
+
+# --- the listener
+
+
+class Dashboard:
+    """A listener of the run log. Inside `with` it owns the terminal, from the first event until the end.
+
+    On a terminal the picture lies on the alternate screen, so that a resize cannot tear it, and the last one is
+    printed at the end. Everywhere else each event is one line.
+    """
+
+    def __init__(self, config: Config, history: Iterable[Event] = (), console: Console | None = None):
+        """`history`: events of earlier sittings of a resumed run; they are shown in the curves, not told again."""
+        self.console = console or Console(file=sys.stdout, highlight=False)
+        self.state = State(config)
+        for event in history:
+            self.state.add(event, 0.0)
+        self.on_terminal = self.console.is_terminal and not self.console.is_dumb_terminal and not self.console.options.ascii_only
+        self._lock = threading.Lock()  # the picture is drawn in a thread of its own
+        self._live: Live | None = None
+        self._printed = io.StringIO()  # what others print meanwhile; it would tear the picture
+        self._redirected = contextlib.ExitStack()
+
+    def __enter__(self) -> Dashboard:
+        return self
+
+    def __call__(self, event: Event) -> None:
+        with self._lock:
+            self.state.add(event, time.monotonic())
+        if not self.on_terminal:
+            if line := plain_line(event, self.state):
+                self._say(line)
+        elif self._live is None:
+            self._live = Live(
+                get_renderable=self._draw, console=self.console, screen=True, refresh_per_second=2, redirect_stdout=False, redirect_stderr=False
+            )
+            self._redirected.enter_context(contextlib.redirect_stdout(self._printed))
+            self._redirected.enter_context(contextlib.redirect_stderr(self._printed))
+            self._live.start()
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is None:
+            return
+        self._live.stop()
+        self._redirected.close()
+        width, height = self.console.size
+        self.console.print(picture(self.state, width, min(height - 1, PICTURE_ROWS), None), height=min(height - 1, PICTURE_ROWS))
+        self.console.print(self._printed.getvalue(), end="", markup=False)
+
+    def _draw(self) -> RenderableType:
+        with self._lock:
+            width, height = self.console.size
+            return picture(self.state, width, height, time.monotonic())
+
+    def _say(self, line: str) -> None:
+        try:
+            print(line, file=self.console.file, flush=True)
+        except BrokenPipeError:  # whoever read our lines has gone; the run goes on, and the run log has every number
+            self._say = lambda line: None  # type: ignore[method-assign]
+
+
+# --- a picture of a run folder
+
+
+def state_of(folder: Path) -> State:
+    """What the dashboard of a run folder shows. Raises UserError when it is none."""
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} is no run folder: it has no config.yaml")
+    state = State(load(folder / "config.yaml"))
+    for event in read_lines(folder / "events.jsonl"):
+        state.add(event, 0.0)
+    for record in read_lines(folder / "episodes.jsonl"):
+        state.add({"episode": record, "iteration": record["iteration"], "phase": record["phase"]}, 0.0)
+    return state
+
+
+def save_svg(folder: Path, file: Path, width: int = 100, height: int = 28) -> None:
+    """Write the dashboard of a run folder as a picture of `width` x `height` characters."""
+    console = Console(record=True, width=width, height=height, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    console.print(picture(state_of(folder), width, height, None), height=height)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    console.save_svg(str(file), title="python run.py --env alfworld --gcd")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m gcdlite.view.dashboard", description="A picture of a run folder's dashboard.")
+    parser.add_argument("run", type=Path, metavar="DIR")
+    parser.add_argument("--svg", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--width", type=int, default=100)
+    parser.add_argument("--height", type=int, default=28)
+    args = parser.parse_args(argv)
+    try:
+        save_svg(args.run, args.svg, args.width, args.height)
+    except UserError as error:
+        print(f"gcdlite: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

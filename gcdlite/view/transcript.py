@@ -1,0 +1,59 @@
+"""Episodes as text that people read: what the agent saw, thought and did, and what came of it."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from gcdlite.records import Episode
+from gcdlite.runlog import episode_text
+
+PAUSE = 0.6  # seconds between turns on a terminal
+_THINK = re.compile(r"<think>(.*?)(?:</think>|$)", re.DOTALL)
+
+
+def thought(response: str) -> str:
+    """What the agent wrote inside <think>, on one line."""
+    found = _THINK.search(response)
+    return " ".join(found[1].split()) if found else ""
+
+
+def turns(record: dict[str, Any]) -> Iterator[Text]:
+    """An episode of the run log (`runlog.episode_text`), one Text of several lines a turn."""
+    for number, turn in enumerate(record["turns"], 1):
+        text = Text()
+        text.append(f"{number:2d}  ", "dim").append(" ".join(turn["observation"].split()))
+        if why := thought(turn["response"]):
+            text.append("\n    thinks  ", "dim").append(why, "italic")
+        text.append("\n    does    ", "dim").append(turn["action"], "bold" if turn["admissible"] else "bold red")
+        if not turn["admissible"]:
+            text.append("   (not admissible)", "red")
+        text.append("\n    result  ", "dim").append(" ".join(turn["result"].split()), "" if turn["admissible"] else "red")
+        yield text
+
+
+def outcome(record: dict[str, Any]) -> Text:
+    """How an episode ended, in one line."""
+    if record["error"]:
+        return Text(f"the environment failed: {record['error']}", "red")
+    count = f"{len(record['turns'])} turns"
+    return Text(f"won after {count}", "bold green") if record["won"] else Text(f"not won in {count}", "bold yellow")
+
+
+def show(episode: Episode, console: Console | None = None, pause: Callable[[float], None] = time.sleep) -> None:
+    """Print an episode: at a reading pace on a terminal, at once elsewhere."""
+    console = console or Console(soft_wrap=True, highlight=False)
+    record = episode_text(episode)
+    console.print(Text("task: ", "dim") + Text(record["description"], "bold"))
+    for text in turns(record):
+        console.print()
+        console.print(text, soft_wrap=not console.is_terminal)
+        if console.is_terminal:
+            pause(PAUSE)
+    console.print()
+    console.print(outcome(record))

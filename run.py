@@ -1,0 +1,406 @@
+"""The command line: settings in, one call into the kit, one clear line when something is wrong.
+
+`train` is the default command. What is slow to import (torch, transformers) is imported inside the commands, so that
+help and faults in the settings answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that wait by spinning slow shared cores twentyfold
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from gcdlite import __version__
+from gcdlite.config import CONFIG_DIR, Config, dump, find_config, known_keys, load, nearest, nearest_key, threads
+from gcdlite.records import UserError
+
+INTERRUPTED = 130  # the shell's code for Ctrl-C
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with our manners: one line that says what to do, and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see: {self.prog} --help")
+
+
+# --- flags
+
+# (flag, the setting it stands for, what it takes, what it means). Values stay text: the settings check them, all at once.
+RUN_FLAGS = (
+    ("--config", "config", "FILE", "a YAML file, or the name of one in configs/"),
+    ("--env", "env.name", "NAME", "environment: alfworld"),
+    ("--model", "model.name", "NAME", "nano, smollm2, qwen2.5-1.5b, qwen2.5-3b, qwen2.5-7b, a local folder or a hub id"),
+    ("--algo", "algo.name", "NAME", "advantage function: grpo"),
+    ("--gcd", "gcd.enabled", None, "train the policy to judge its own actions, too"),
+    ("--suggest", "gcd.suggest", None, "put golden rules into the training prompts"),
+    ("--steps", "steps", "N", "training iterations"),
+    ("--seed", "seed", "N", "seed of everything drawn at random"),
+    ("--out", "out", "DIR", "run folder; default: runs/<environment>-<model>-<algorithm>-s<seed>-<time>"),
+)  # fmt: skip
+RUN_FLAGS = tuple(f for f in RUN_FLAGS if f[1] in ("config", *known_keys()))
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    for option, name, metavar, text in RUN_FLAGS:
+        if metavar:
+            parser.add_argument(option, dest=name, metavar=metavar, help=text)
+        else:
+            parser.add_argument(option, dest=name, action=argparse.BooleanOptionalAction, default=None, help=text)
+    add_settings(parser, "section.field=value")
+
+
+def add_settings(parser: argparse.ArgumentParser, form: str) -> None:
+    parser.add_argument("settings", nargs="*", default=[], metavar=form, help="any field of the settings")
+
+
+def add_train(parser: argparse.ArgumentParser) -> None:
+    add_run_flags(parser)
+    parser.add_argument("--resume", metavar="DIR", help="go on with a run; only --steps and eval.* may change")
+
+
+def add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="DIR", help="a run folder")
+    add_settings(parser, "eval.field=value")
+
+
+def add_watch(parser: argparse.ArgumentParser) -> None:
+    add_eval(parser)
+    parser.add_argument("--level", default="L0", metavar="NAME", help="train, L0, L1, L2 or L2s (default: %(default)s)")
+    parser.add_argument("--task", type=int, default=0, metavar="N", help="which game of the level, from 0 (default: %(default)s)")
+
+
+def add_games(parser: argparse.ArgumentParser) -> None:
+    usual = Config().env
+    parser.add_argument("--out", required=True, metavar="DIR", help="where json_2.1.1 is written")
+    parser.add_argument("--n", type=int, default=usual.generated, metavar="N", help="number of games (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=usual.generated_seed, metavar="S", help="seed (default: %(default)s)")
+
+
+# --- commands
+
+
+def train(args: argparse.Namespace, faults: list[str]) -> int:
+    """Train; `--resume` goes on with a run."""
+    folder, config, settings = (resumed if args.resume else chosen)(args, faults)
+
+    from gcdlite import runlog
+    from gcdlite.envs.alfworld.games import data_root
+
+    if not args.resume:
+        runlog.check_free(folder)
+    root, games = data_root(config.env.data)
+    prepare(config)
+
+    from rich.console import Console
+
+    from gcdlite import checkpoint, policy
+    from gcdlite import train as loop
+    from gcdlite.view.dashboard import Dashboard, closing_table
+
+    policy.resolve(config.model.name)  # a missing model is told before games are generated
+    announce(config, folder, settings, f"{games}: {root}" if root else games)
+    try:
+        with Dashboard(config, history=runlog.read_lines(folder / "events.jsonl")) as dashboard:
+            summary = loop.train(config, folder, [dashboard], resume=bool(args.resume))
+    except KeyboardInterrupt:
+        saved = checkpoint.found(folder)
+        how = f"iteration {number_of(saved[-1])} of {config.steps} is saved; go on with: python run.py --resume {folder}" if saved else "nothing was saved yet"
+        print(f"gcdlite: stopped; {how}", file=sys.stderr)
+        return INTERRUPTED
+    Console(highlight=False).print(closing_table(summary))
+    print(f"\nadapter, events, episodes and summary are in {folder}; try: python run.py watch {folder}")
+    return 0
+
+
+def coldstart(args: argparse.Namespace, faults: list[str]) -> int:
+    """Supervised training before RL."""
+    folder, config, _ = chosen(args, faults)
+    prepare(config)
+
+    from gcdlite import coldstart as room
+
+    room.main(config, folder)
+    return 0
+
+
+def evaluate(args: argparse.Namespace, faults: list[str]) -> int:
+    """Evaluate a run's newest adapter; adds a line to DIR/eval.jsonl, which training neither reads nor changes."""
+    folder = Path(args.run)
+    config = of_run(folder, args.settings, faults)
+    prepare(config)
+
+    from rich.console import Console
+
+    from gcdlite import envs
+    from gcdlite.evaluate import evaluate as measure
+    from gcdlite.policy import Policy
+    from gcdlite.train import closing
+    from gcdlite.view.dashboard import evaluation_table
+
+    adapter, which = newest_adapter(folder)
+    print(f"evaluating {which} of {folder} on {', '.join(config.eval.levels)}", flush=True)
+    metrics: dict[str, Any] = {}
+    with closing(envs.make(config)) as pool:
+        policy = Policy(config, adapter=adapter)
+        for level in config.eval.levels:
+            metrics |= measure(policy, pool, level, config)[0]
+    record = {"adapter": which, "time": round(time.time(), 3), "settings": config.eval.model_dump()} | metrics
+    with open(folder / "eval.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    Console(highlight=False).print(evaluation_table(metrics, config))
+    return 0
+
+
+def watch(args: argparse.Namespace, faults: list[str]) -> int:
+    """Play one game with a run's newest adapter, turn by turn."""
+    folder = Path(args.run)
+    config = of_run(folder, args.settings, faults)
+    prepare(config)
+
+    import torch
+
+    from gcdlite import envs
+    from gcdlite.policy import Policy
+    from gcdlite.rollout import play
+    from gcdlite.train import closing
+    from gcdlite.view.transcript import show
+
+    adapter, which = newest_adapter(folder)
+    with closing(envs.make(config)) as pool:
+        tasks = pool.tasks(args.level)
+        if not 0 <= args.task < len(tasks):
+            raise UserError(f"--task {args.task}: {args.level} has the games 0 to {len(tasks) - 1}")
+        policy = Policy(config, adapter=adapter)
+        rng = torch.Generator().manual_seed(config.seed)
+        print(f"{which} of {folder} plays {args.level} game {args.task}: {tasks[args.task].id}\n", flush=True)
+        show(play(policy, pool, [tasks[args.task]], config, rng, config.eval.temperature)[0])
+    return 0
+
+
+def games(args: argparse.Namespace, faults: list[str]) -> int:
+    """Generate ALFWorld games."""
+    stop_on(faults)
+    from gcdlite.envs.alfworld.generate import generate_games
+
+    counts = generate_games(Path(args.out), args.n, args.seed)
+    for split, types in counts.items():
+        print(f"{split:14s}{sum(types.values()):6d}   " + ", ".join(f"{name} {n}" for name, n in types.items()))
+    print(f"play them with: ALFWORLD_DATA={args.out} python run.py --env alfworld")
+    return 0
+
+
+def doctor(args: argparse.Namespace, faults: list[str]) -> int:
+    """Say what works on this machine and what to install."""
+    stop_on(faults)
+    from gcdlite.doctor import examine
+
+    return examine()
+
+
+COMMANDS = {
+    "train": (train, add_train, "train an agent (the default command)"),
+    "coldstart": (coldstart, add_run_flags, "supervised training before RL"),
+    "eval": (evaluate, add_eval, "evaluate a run's newest adapter"),
+    "watch": (watch, add_watch, "play one game with a run's adapter, turn by turn"),
+    "games": (games, add_games, "generate ALFWorld games"),
+    "doctor": (doctor, lambda parser: None, "what works on this machine, and what to install"),
+}
+
+
+# --- which settings
+
+
+def chosen(args: argparse.Namespace, faults: list[str]) -> tuple[Path, Config, str]:
+    """(run folder, settings, why these) of a new run. Raises UserError with all faults."""
+    shipped = {path.stem: path for path in CONFIG_DIR.glob("*.yaml")}
+    flags = {name: getattr(args, name) for _, name, *_ in RUN_FLAGS if name != "config"}
+    model = flags["model.name"]
+    file, why = None, ""
+    try:
+        if args.config:
+            file, why = find_config(args.config), "named by --config"
+        elif model in shipped:
+            file, why = shipped[model], "named by --model"
+    except UserError as error:
+        faults = [*faults, str(error)]
+    if model in shipped:
+        flags["model.name"] = load(shipped[model]).model.name
+    elif model and "/" not in model and not Path(model).is_dir() and (hint := nearest(model, shipped)):
+        faults = [*faults, f"no model {model!r}{hint}"]
+    config = load(file, args.settings, flags, faults)
+    if file is None:  # only now, so that faults are told before torch is imported
+        import torch
+
+        cuda = torch.cuda.is_available()
+        own = config.model.name != Config().model.name
+        file = shipped["qwen2.5-1.5b" if cuda else "smollm2" if own else "nano"]
+        why = f"the default {'for a model of your own ' if own else ''}{'with' if cuda else 'without'} a CUDA GPU; --config takes another"
+        config = load(file, args.settings, flags)
+    name = f"{config.env.name}-{Path(config.model.name).name.lower()}-{config.algo.name}{'+gcd' if config.gcd.enabled else ''}"
+    folder = config.out or Path("runs") / f"{name}-s{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return Path(folder), config, f"{file.name}, {why}"
+
+
+def resumed(args: argparse.Namespace, faults: list[str]) -> tuple[Path, Config, str]:
+    """(run folder, settings, why these) of a run to go on with. Any other change would make it another run: UserError."""
+    folder = Path(args.resume)
+    fixed = [f"{option} cannot change in a run that goes on" for option, name, *_ in RUN_FLAGS if name != "steps" and getattr(args, name) is not None]
+    config = of_run(folder, args.settings, [*faults, *fixed], {"steps": args.steps})
+
+    from gcdlite import checkpoint, runlog
+
+    runlog.check_idle(folder)
+    done = number_of(checkpoint.latest(folder))
+    if config.steps < done:
+        raise UserError(f"--steps {config.steps}: this run has finished {done} iterations already; name at least as many")
+    dump(config, folder / "config.yaml")
+    return folder, config, f"those of the run, which goes on after iteration {done}"
+
+
+def of_run(folder: Path, settings: list[str], faults: list[str], flags: dict[str, Any] | None = None) -> Config:
+    """The settings of a run folder, of which only how it is evaluated may change. Raises UserError with all faults."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{folder} is no run folder: it has no config.yaml")
+    fixed = [s.partition("=")[0] for s in settings if not s.startswith("eval.")]
+    return load(file, settings, flags, [*faults, *(f"{name} cannot change: the run has its own; only eval.* can" for name in fixed)])
+
+
+def newest_adapter(folder: Path) -> tuple[Path, str]:
+    """(a run's newest adapter, its name in words). Raises UserError when it has none."""
+    from gcdlite import checkpoint
+
+    if checkpoint.found(folder):  # the last one equals DIR/adapter, and is newer while a run goes on
+        newest = checkpoint.latest(folder)
+        return newest / "adapter", f"iteration {number_of(newest)}"
+    if (folder / "adapter" / "adapter_config.json").is_file():
+        return folder / "adapter", "the final adapter"
+    raise UserError(f"{folder} holds no adapter yet: wait for its first checkpoint, or train again")
+
+
+def number_of(saved: Path) -> int:
+    """The iteration that a checkpoint's name tells."""
+    return int(saved.name.rpartition("-")[2])
+
+
+# --- what is common to the commands
+
+
+def prepare(config: Config) -> None:
+    """What torch and the model libraries want to know before they are used."""
+    import logging
+    import warnings
+
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    torch.set_num_threads(threads(config))
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for noisy in ("bitsandbytes", "huggingface_hub"):  # an optional kernel is missing; each retry of a connection
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # renamings between peft and transformers
+
+
+def announce(config: Config, folder: Path, settings: str, games: str) -> None:
+    """Say what was chosen, why, and what to install or download for more."""
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    cuda = torch.cuda.is_available()
+    weights = "full precision" if config.model.quantization == "none" else "4-bit NF4"
+    lines = {
+        "settings": settings,
+        "model": f"{config.model.name} ({weights}, LoRA rank {config.lora.r})",
+        "device": torch.cuda.get_device_name() if cuda else f"CPU, {threads(config)} threads; with a CUDA GPU: --model qwen2.5-1.5b",
+        "games": games + ("; for the real ones: alfworld-download, or set ALFWORLD_DATA" if games.endswith("generated") else ""),
+        "method": config.algo.name + (f" + gcd, labeller {config.gcd.labeller}" if config.gcd.enabled else "; --gcd adds the judgment task"),
+        "size": f"{config.steps} iterations of {config.rollout.groups} games x {config.rollout.group_size} episodes, seed {config.seed}",
+        "folder": str(folder),
+    }
+    table = Table.grid(padding=(0, 2))
+    for name, text in lines.items():
+        table.add_row(name, text)
+    console = Console(highlight=False, markup=False)
+    console.print(f"gcdlite {__version__}", style="bold")
+    console.print(table)
+
+
+def stop_on(faults: list[str]) -> None:
+    """For commands without settings, which would have told of these faults together with their own."""
+    if faults:
+        load(faults=faults)
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """(the arguments, faults). Unknown flags are set aside as faults, so that all else that is wrong is told with them."""
+    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")) or "=" in argv[0]:
+        argv = ["train", *argv]
+    parser = Parser(
+        prog="run.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=f"gcdlite {__version__}: GRPO with judgment training (GCD) for language-model agents.",
+        epilog="python run.py --env alfworld --gcd   trains with the defaults of this machine\npython run.py train --help           shows its flags",
+    )  # fmt: skip
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    parsers = {name: commands.add_parser(name, help=text, description=text, allow_abbrev=False) for name, (_, _, text) in COMMANDS.items()}
+    for name, (_, add, _) in COMMANDS.items():
+        add(parsers[name])
+    command, *words = argv
+    if command in ("-h", "--help"):
+        return parser.parse_args(argv), []
+    if command not in COMMANDS:
+        raise UserError(f"unknown command {command!r}{nearest(command, COMMANDS)} (commands: {', '.join(COMMANDS)})")
+
+    words, faults = set_aside(words, parsers[command]._option_string_actions)
+    try:
+        return parsers[command].parse_intermixed_args(words, argparse.Namespace(command=command)), faults
+    except UserError as error:
+        raise UserError("\n  ".join([*faults, str(error)])) from None
+
+
+def set_aside(words: list[str], flags: Iterable[str]) -> tuple[list[str], list[str]]:
+    """(the words without unknown flags and their values, a fault for each of them with its nearest neighbour)."""
+    kept, faults = [], []
+    fields = {key.rpartition(".")[2] for key in known_keys()}
+    after_unknown = False
+    for word in words:
+        flag, equals, _ = word.partition("=")
+        name = flag.lstrip("-")
+        if flag.startswith("-") and name[:1].isalpha() and flag not in flags:
+            is_setting = "." in name or name in fields
+            hint = f"{nearest_key(name)} Settings have no dashes: section.field=value" if is_setting else nearest(flag, flags)
+            faults.append(f"unknown flag {flag}{hint}")
+            after_unknown = not equals
+            continue
+        its_value = after_unknown and not word.startswith("-") and not equals
+        after_unknown = False
+        if not its_value:
+            kept.append(word)
+    return kept, faults
+
+
+def main(argv: list[str]) -> int:
+    try:
+        args, faults = parse(argv)
+        return COMMANDS[args.command][0](args, faults)
+    except UserError as error:
+        print(f"gcdlite: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("gcdlite: stopped", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

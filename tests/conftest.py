@@ -1,0 +1,56 @@
+"""What several tests share: generated games, a small untrained model, real games where they are at hand."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the suite never asks a hub
+
+import random
+
+import pytest
+
+from gcdlite.config import Config, check
+
+
+@pytest.fixture(scope="session")
+def games_root(tmp_path_factory):
+    """A folder with 100 generated games."""
+    from gcdlite.envs.alfworld.generate import generate_games
+
+    root = tmp_path_factory.mktemp("games")
+    generate_games(root, 100, 3)
+    return root
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory, games_root):
+    """A folder with an untrained two-layer model and a tokenizer of the games' language."""
+    from gcdlite.coldstart import Style, random_examples
+    from gcdlite.envs.alfworld.games import level_tasks
+    from gcdlite.nano import build_model, build_tokenizer
+
+    tasks = level_tasks(games_root, "train", "single")[:10]
+    texts = [e.prompt + e.response for e in random_examples(tasks, Style(), random.Random(0))]
+    tokenizer = build_tokenizer(texts, 700)
+    folder = tmp_path_factory.mktemp("model")
+    build_model(tokenizer, 0, hidden=32, layers=2, mlp=64).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def small_config(games_root, small_model) -> Config:
+    """Settings of a run that takes seconds: 2 games x 3 episodes x 4 turns, judged by the oracle."""
+    return check(
+        {
+            "steps": 3,
+            "env": {"data": str(games_root), "max_turns": 4},
+            "model": {"name": str(small_model), "prompt": "brief"},
+            "lora": {"r": 4, "alpha": 8},
+            "rollout": {"groups": 2, "group_size": 3, "max_new_tokens": 8, "rows": 8},
+            "update": {"lr": 1e-2, "minibatches": 2, "token_budget": 2048},
+            "gcd": {"enabled": True, "labeller": "oracle", "turns": 4, "group_size": 3, "max_new_tokens": 8},
+            "eval": {"limit": 4, "judge_turns": 4, "levels": ["L0"]},
+        }
+    )

@@ -1,0 +1,154 @@
+"""Labellers, selection and judgment samples on hand-made episodes."""
+
+import random
+
+import pytest
+
+from gcdlite.gcd.judge import accuracy, judgment_samples, select
+from gcdlite.gcd.labels import label, oracle, rules
+from gcdlite.prompts import judge_prompt, judgment, parse_judgment, parse_response, turn_prompt
+from gcdlite.records import Episode, Judgment, LabelledTurn, Task, Turn
+
+TASK = Task("t", "pick_and_place_simple", "t")
+QUIET = ["Nothing happens.", "look", "inventory", "help"]
+
+
+def play(won, *steps):
+    """steps: (observation seen, action, plan before, plan after, revealed); the last one is the final observation."""
+    turns = []
+    for i, (seen, action, before, after, revealed) in enumerate(steps[:-1]):
+        turns.append(
+            Turn(seen, [], [1], [2], [-1.0], "r", action, False, True, steps[i + 1][0], before, after, revealed, bare_prompt="p")
+        )
+    return Episode(TASK, "do it", turns, won=won, reward=float(won))
+
+
+def step(seen, action="go", before=None, after=None, revealed=False):
+    return (seen, action, before, after, revealed)
+
+
+def test_rules_call_a_turn_bad_when_its_observation_comes_back():
+    lost = play(False, step("room"), step("shelf"), step("desk"), step("shelf"), step("bed"))
+    assert rules(lost, QUIET) == {1: 0}  # shelf came back; the last turn of a lost episode says nothing
+    ends_where_it_began = play(False, step("a"), step("b"), step("a"))
+    assert rules(ends_where_it_began, QUIET) == {0: 0}  # the result of the last turn counts as coming back, too
+
+
+def test_rules_success_wins():
+    won = play(True, step("a"), step("b"), step("a"), step("done"))
+    assert rules(won, QUIET) == {0: 0, 2: 1}
+    stuck = play(True, step("a"), step("a"))
+    assert rules(stuck, QUIET) == {0: 1}
+
+
+def test_rules_take_no_evidence_from_uninformative_observations():
+    lost = play(False, step("a"), step("Nothing happens."), step("b"), step("Nothing happens."), step("c"))
+    assert rules(lost, QUIET) == {}
+    looked = play(False, step("room", "go"), step("shelf", "look"), step("room", "go"), step("end"))
+    assert rules(looked, QUIET) == {}  # the view of the room came back only because the agent looked around
+    assert rules(looked, []) == {0: 0}
+
+
+def test_oracle():
+    episode = play(
+        False,
+        step("a", before=5, after=4),
+        step("b", before=4, after=4),
+        step("c", before=4, after=5),
+        step("d", before=5, after=5, revealed=True),
+        step("e", before=5, after=None),
+        step("f", before=None, after=None),
+        step("end"),
+    )
+    assert oracle(episode) == {0: 1, 1: 0, 2: 0, 4: 0}
+
+
+def test_stacked_labellers_drop_conflicts_and_keep_the_win():
+    # turn 0: rules say bad (a comes back), the oracle says good: dropped. turn 3: the win.
+    episode = play(
+        True, step("a", before=4, after=3), step("b", before=3, after=3), step("a", before=3, after=1), step("d", before=1, after=0), step("end")
+    )
+    found = label([episode], "rules+oracle", QUIET)
+    assert [(episode.turns.index(t.turn), t.label, t.source) for t in found] == [
+        (1, 0, "oracle"),
+        (2, 1, "oracle"),
+        (3, 1, "rules+oracle"),
+    ]
+
+
+def labelled(value, n, iteration=0):
+    return [LabelledTurn(Turn("s", [], [1], [2], [-1.0], "r", f"{value}{i}", False, True), value, "rules", iteration) for i in range(n)]
+
+
+def test_select_balances_and_prefers_fresh_turns():
+    fresh, pool = labelled(1, 2, 5) + labelled(0, 40, 5), labelled(1, 30, 4) + labelled(0, 30, 4)
+    chosen = select(fresh, pool, 30, random.Random(0))
+    good, bad = [t for t in chosen if t.label == 1], [t for t in chosen if t.label == 0]
+    assert len(good) == len(bad) == 15
+    assert sum(t.iteration == 5 for t in good) == 2 and all(t.iteration == 5 for t in bad)
+    assert len(select(labelled(1, 3) + labelled(0, 9), [], 30, random.Random(0))) == 6
+    assert select(labelled(0, 9), [], 30, random.Random(0)) == []
+
+
+def judged(target, *verdicts):
+    return [Judgment(target, [1, 2], [3, 4], [-0.1, -0.2], "text", v) for v in verdicts]
+
+
+def test_judgment_advantages_stay_inside_the_judged_turn():
+    good, bad = labelled(1, 1)[0], labelled(0, 1)[0]
+    samples = judgment_samples(judged(good, 1, 0) + judged(bad, 1, None), 2)
+    assert [s.advantages[0] for s in samples] == pytest.approx([0.7071, -0.7071, 0.0, 0.0], abs=1e-3)
+    assert [s.unit for s in samples] == [0, 0, 1, 1] and {s.stream for s in samples} == {"judgment"}
+
+
+def test_accuracy_by_class():
+    good, bad = labelled(1, 1)[0], labelled(0, 1)[0]
+    stats = accuracy(judged(good, 1, 1, 1, 0) + judged(bad, 1, None))
+    assert stats["accuracy_good"] == 0.75 and stats["accuracy_bad"] == 0.0 and stats["balanced_accuracy"] == 0.375
+    assert stats["verdict_bad_share"] == pytest.approx(1 / 6) and stats["verdict_none_share"] == pytest.approx(1 / 6)
+    assert "balanced_accuracy" not in accuracy(judged(good, 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        (judgment("because", 1, "", "go on"), 1),
+        (judgment("because", 0, "look", "go on"), 0),
+        ("\\boxed{ 1 }", 1),
+        ("\\boxed{1} no, \\boxed{0}", 0),
+        ("\\boxed{good}", None),
+        ("\\boxed{10}", None),
+        ("1", None),
+        ("", None),
+    ],
+)
+def test_verdicts(text, verdict):
+    assert parse_judgment(text)[0] == verdict
+
+
+@pytest.mark.parametrize(
+    ("text", "action", "malformed"),
+    [
+        ("<think>x</think><action> Go To desk 1 </action>", "go to desk 1", False),
+        ("<think>x</think><action>a</action><action>b</action>", "a", False),
+        ("<action>look</action>", "look", True),
+        ("<think> </think><action>look</action>", "look", True),
+        ("<think>x</think><action></action>", "", True),
+        ("<think>x</think><action>look", "", True),
+        ("look", "", True),
+    ],
+)
+def test_responses(text, action, malformed):
+    assert parse_response(text) == (action, malformed)
+
+
+@pytest.mark.parametrize("style", ["full", "brief"])
+def test_prompt_slots_and_their_order(style):
+    first = turn_prompt(style, "find it", 0, [], "a room", ["help", "look"])
+    later = turn_prompt(style, "find it", 2, [("a room", "go to desk 1"), ("a desk", "look")], "a desk again", ["look"], "be brave")
+    places = [later.index(s) for s in ("be brave", "find it", "a room", "go to desk 1", "a desk\n", "a desk again")]
+    assert places == sorted(places) and "help" not in first
+    assert "be brave" not in first
+    assert first.split("find it")[0] == later.split("find it")[0].replace(later[later.index("be brave") - len("Lessons from earlier attempts:\n") if style == "full" else later.index("Hints:"):later.index("be brave") + len("be brave\n")], "")
+    judge = judge_prompt(style, first, "<action>look</action>", 0.427)
+    assert "43%" in judge and first in judge and judge.rstrip().endswith("<action>look</action>")

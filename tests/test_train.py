@@ -1,0 +1,228 @@
+"""The whole loop on a tiny model: groups, determinism, resuming, interruptions, and that it can learn."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from gcdlite import checkpoint, envs, rollout
+from gcdlite import train as loop
+from gcdlite.policy import Policy
+from gcdlite.records import Task, UserError
+from gcdlite.rollout import collect
+from gcdlite.runlog import read_lines
+
+
+def adapter_of(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def numbers(folder):
+    """Events without what depends on the clock."""
+    return [{k: v for k, v in e.items() if not k.startswith("time") and "per_s" not in k} for e in read_lines(folder / "events.jsonl")]
+
+
+def test_groups_play_one_game_and_episodes_differ(small_config):
+    pool = envs.make(small_config)
+    tasks = pool.tasks("train")[:2]
+    groups, metrics = collect(Policy(small_config), pool, tasks, small_config, torch.Generator().manual_seed(0))
+    assert [g.task for g in groups] == tasks and [len(g.episodes) for g in groups] == [3, 3]
+    for group in groups:
+        assert {e.task.path for e in group.episodes} == {group.task.path}
+        assert len({e.turns[0].observation for e in group.episodes}) == 1
+    assert len({tuple(e.turns[0].response_ids) for g in groups for e in g.episodes}) > 1
+    assert metrics["rollout/turns"] == 4 and metrics["rollout/success"] == 0
+    for turn in (t for g in groups for e in g.episodes for t in e.turns):
+        assert len(turn.response_ids) == len(turn.logprobs) <= 8
+
+
+def test_logprobs_of_the_rollout_are_those_of_the_policy(small_config):
+    policy, pool = Policy(small_config), envs.make(small_config)
+    groups, _ = collect(policy, pool, pool.tasks("train")[:1], small_config, torch.Generator().manual_seed(0))
+    turn = groups[0].episodes[1].turns[2]
+    ids = torch.tensor([turn.prompt_ids + turn.response_ids])
+    with torch.no_grad():
+        table = policy.model(input_ids=ids).logits[0].log_softmax(-1)
+    n = len(turn.prompt_ids)
+    wanted = [table[n + k - 1, token].item() for k, token in enumerate(turn.response_ids)]
+    assert turn.logprobs == pytest.approx(wanted, abs=1e-4)
+
+
+def scripted(policy, answers):
+    """Let the policy write what we say: answers(prompt text) -> response text."""
+
+    def generate(prompts, **_):
+        from gcdlite.sampling import Completion
+
+        texts = [answers(policy.decode(p)) for p in prompts]
+        ids = [policy.tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
+        return [Completion(i, [-1.0] * len(i)) for i in ids]
+
+    policy.generate = generate
+
+
+def test_an_expert_in_the_policys_place_wins(small_config):
+    """The path from text to reward: the walkthrough, written as responses, must earn 1, and be recorded as played."""
+    from gcdlite.envs.alfworld.engine import Game
+
+    small_config.env.max_turns = 30
+    pool, policy = envs.make(small_config), Policy(small_config)
+    task = pool.tasks("train")[0]
+    steps = Game(task.path).walkthrough
+    commands = iter(steps)
+    scripted(policy, lambda prompt: f"<think>x</think><action>{next(commands)}</action>")
+    (episode,) = rollout.play(policy, pool, [task], small_config, torch.Generator(), 1.0)
+    assert episode.won and episode.reward == 1.0 and [t.action for t in episode.turns] == steps
+    assert all(t.is_admissible and not t.malformed for t in episode.turns)
+    assert [t.plan_before for t in episode.turns] == list(range(len(steps), 0, -1)) and episode.turns[-1].plan_after == 0
+    for before, after in zip(episode.turns, episode.turns[1:]):
+        assert before.result == after.observation
+
+
+def test_malformed_turns_cost_a_turn_and_do_nothing(small_config):
+    pool, policy = envs.make(small_config), Policy(small_config)
+    scripted(policy, lambda prompt: "no tags at all")
+    (episode,) = rollout.play(policy, pool, pool.tasks("train")[:1], small_config, torch.Generator(), 1.0)
+    assert len(episode.turns) == 4 and all(t.malformed and not t.is_admissible for t in episode.turns)
+    assert {t.result for t in episode.turns} == {"Nothing happens."} and episode.reward == 0
+
+
+def test_history_window_and_turn_count(small_config):
+    pool, policy = envs.make(small_config), Policy(small_config)
+    seen = []
+    scripted(policy, lambda prompt: seen.append(prompt) or "<think>x</think><action>look</action>")
+    rollout.play(policy, pool, pool.tasks("train")[:1], small_config, torch.Generator(), 1.0)
+    assert [p.count("Saw: ") for p in seen] == [0, 1, 2, 2]
+    assert ["Before:" in p for p in seen] == [False, True, True, True]
+    assert all(f"Turn {i}\n" in p for i, p in enumerate(seen))
+
+
+def test_tasks_go_round_in_a_new_order_each_lap(small_config):
+    tasks = [Task(str(i), "t", "p") for i in range(5)]
+    small_config.rollout.groups = 5
+    laps = [[t.id for t in loop.tasks_of(i, tasks, small_config)] for i in range(3)]
+    assert all(sorted(lap) == ["0", "1", "2", "3", "4"] for lap in laps) and laps[0] != laps[1]
+    small_config.rollout.groups = 2
+    assert [t.id for i in range(5) for t in loop.tasks_of(i, tasks, small_config)] == laps[0] + laps[1]
+
+
+def test_the_same_seed_gives_the_same_run_and_resuming_equals_never_stopping(small_config, tmp_path):
+    """Not a close match: the same events, and parameters equal to the bit."""
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    loop.train(small_config, straight)
+
+    class Stop(Exception):
+        pass
+
+    def pull_the_plug(event):
+        if event.get("begins") == "update" and event["iteration"] == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        loop.train(small_config, stopped, [pull_the_plug])
+    with open(stopped / "events.jsonl", "a") as file:
+        file.write('{"iteration": 2, "phase": "train", "half a li')  # what a kill in the middle of a write leaves
+    loop.train(small_config, stopped, resume=True)
+    assert numbers(stopped) == numbers(straight)
+    a, b = adapter_of(straight), adapter_of(stopped)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert any(v.abs().max() > 0 for k, v in a.items() if "lora_B" in k)  # training moved something
+    assert len(checkpoint.found(straight)) <= checkpoint.KEPT
+
+
+def test_events_and_summary_hold_what_is_promised(small_config, tmp_path):
+    loop.train(small_config, tmp_path / "run")
+    events = read_lines(tmp_path / "run" / "events.jsonl")
+    assert [(e["iteration"], e["phase"]) for e in events] == [(0, "eval"), (1, "train"), (2, "train"), (3, "train"), (3, "eval")]
+    promised = """rollout/success rollout/turns rollout/malformed rollout/tokens_per_s loss/policy kl grad_norm gcd/labels_good
+        gcd/labels_bad gcd/selected groups/zero_variance time/rollout time/judge time/update""".split()
+    for event in events:
+        if event["phase"] == "train":
+            assert set(promised) <= event.keys()
+            assert event["groups/zero_variance"] == 2
+    assert {"eval/L0", "eval/L0/low", "eval/L0/high", "eval/L0/n"} <= events[0].keys()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["levels"]["L0"]["before"]["n"] == 4 and summary["levels"]["L0"]["after"]["success"] is not None
+
+
+def test_the_saved_adapter_loads_with_peft(small_config, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    small_config.steps = 1
+    loop.train(small_config, tmp_path / "run")
+    base = AutoModelForCausalLM.from_pretrained(small_config.model.name)
+    again = PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")
+    ours = Policy(small_config, adapter=tmp_path / "run" / "adapter")
+    ids = torch.tensor([[1, 2, 3, 4]])
+    with torch.no_grad():
+        assert torch.allclose(again(input_ids=ids).logits, ours.model(input_ids=ids).logits, atol=1e-6)
+
+
+def test_without_gcd_nothing_is_judged(small_config, tmp_path):
+    small_config.gcd.enabled, small_config.steps, small_config.eval.judge_turns = False, 1, 0
+    loop.train(small_config, tmp_path / "run")
+    train = [e for e in read_lines(tmp_path / "run" / "events.jsonl") if e["phase"] == "train"]
+    assert not any(k.startswith("gcd/") or k in ("loss/judgment", "time/judge") for e in train for k in e)
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(small_config, tmp_path):
+    run = tmp_path / "run"
+    loop.train(small_config, run)
+    newest = checkpoint.found(run)[-1]
+    (newest / "state.pt").write_bytes(b"cut off")
+    assert checkpoint.latest(run) == checkpoint.found(run)[-2]
+    for path in checkpoint.found(run):
+        (path / "state.pt").unlink()
+    with pytest.raises(UserError, match="no checkpoint"):
+        checkpoint.latest(run)
+
+
+def test_a_full_disk_keeps_the_earlier_checkpoint(small_config, tmp_path, monkeypatch):
+    small_config.steps = 1
+    run = tmp_path / "run"
+    loop.train(small_config, run)
+    before = checkpoint.found(run)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    small_config.steps = 2
+    with pytest.raises(UserError, match="No space left.*--resume"):
+        loop.train(small_config, run, resume=True)
+    assert checkpoint.found(run) == before and not list((run / "checkpoints").glob(".*"))
+
+
+def test_a_reward_that_can_be_earned_is_learned(small_config):
+    """The whole RL path on a task without luck: reward the responses that contain a certain token."""
+    from gcdlite.advantages import grpo, policy_samples
+    from gcdlite.records import Episode, Group, Turn
+    from gcdlite.update import make_optimizer, update
+
+    small_config.update.lr, small_config.update.kl, small_config.update.minibatches = 2e-2, 0.0, 1
+    policy = Policy(small_config)
+    with torch.no_grad():  # an untrained model's logits are too small to prefer anything, whatever its layers do
+        policy.model.get_input_embeddings().weight.mul_(10)
+    optimizer, schedule = make_optimizer(policy, small_config)
+    rng, dice = torch.Generator().manual_seed(0), random.Random(0)
+    prompt, task = policy.encode("say something"), Task("t", "t", "t")
+    lucky = set(range(300, 500))
+
+    def earned():
+        done = policy.generate([prompt] * 64, max_new_tokens=2, temperature=1.0, rng=rng)
+        episodes = []
+        for c in done:
+            reward = float(c.ids[0] in lucky)
+            episodes.append(Episode(task, "", [Turn("", [], prompt, c.ids, c.logprobs, "", "", False, True)], reward=reward))
+        return Group(task, episodes), sum(e.reward for e in episodes) / 64
+
+    first = earned()[1]
+    for _ in range(25):
+        group, _ = earned()
+        update(policy, policy_samples([group], [grpo(group, 0.0, 0.0)]), optimizer, schedule, small_config, dice)
+    last = earned()[1]
+    assert last > first + 0.25
