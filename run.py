@@ -12,16 +12,23 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads tha
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import argparse
+import io
 import json
+import logging
 import sys
 import time
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gcdlite import __version__
-from gcdlite.config import CONFIG_DIR, Config, dump, find_config, known_keys, load, nearest, nearest_key, threads
-from gcdlite.records import UserError
+try:
+    from gcdlite import __version__
+    from gcdlite.config import CONFIG_DIR, Config, dump, find_config, known_keys, load, nearest, nearest_key, threads
+    from gcdlite.records import UserError
+except ModuleNotFoundError as error:
+    print(f"gcdlite: the package {error.name} is missing: pip install -r requirements.txt", file=sys.stderr)
+    sys.exit(2)
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
 
@@ -144,7 +151,7 @@ def evaluate(args: argparse.Namespace, faults: list[str]) -> int:
     from gcdlite import envs
     from gcdlite.evaluate import evaluate as measure
     from gcdlite.policy import Policy
-    from gcdlite.train import closing
+    from gcdlite.envs import closing
     from gcdlite.view.dashboard import evaluation_table
 
     adapter, which = newest_adapter(folder)
@@ -172,7 +179,7 @@ def watch(args: argparse.Namespace, faults: list[str]) -> int:
     from gcdlite import envs
     from gcdlite.policy import Policy
     from gcdlite.rollout import play
-    from gcdlite.train import closing
+    from gcdlite.envs import closing
     from gcdlite.view.transcript import show
 
     adapter, which = newest_adapter(folder)
@@ -298,18 +305,12 @@ def number_of(saved: Path) -> int:
 
 def prepare(config: Config) -> None:
     """What torch and the model libraries want to know before they are used."""
-    import logging
-    import warnings
-
     import torch
     from transformers.utils import logging as transformers_logging
 
     torch.set_num_threads(threads(config))
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    for noisy in ("bitsandbytes", "huggingface_hub"):  # an optional kernel is missing; each retry of a connection
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # renamings between peft and transformers
 
 
 def announce(config: Config, folder: Path, settings: str, games: str) -> None:
@@ -391,6 +392,12 @@ def set_aside(words: list[str], flags: Iterable[str]) -> tuple[list[str], list[s
 
 
 def main(argv: list[str]) -> int:
+    for noisy in ("bitsandbytes", "huggingface_hub"):  # they tell of an optional kernel, and of each retry of a connection
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # peft and transformers, of names that will change
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows ? instead of ending the run
     try:
         args, faults = parse(argv)
         return COMMANDS[args.command][0](args, faults)

@@ -1,25 +1,37 @@
 """Cold start: expert episodes and judgments in, a model that knows the format and something of the task out.
 
-For `nano` this is also where the weights come from: base training on the language of all six task types (random
-play, no expert), then the cold start on the in-domain types only, so that L2 stays a fair test.
+`adapter` trains a LoRA adapter on any model (SPEC: 200 expert episodes, 100 judgments, 5 epochs). `from_scratch` is
+where nano's shipped weights come from: base training on the language of all six task types (random play, no expert),
+then the cold start on the in-domain types only, so that L2 stays a fair test.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import random
+import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from gcdlite import prompts
-from gcdlite.envs.alfworld import split_intro
+from gcdlite import envs, prompts
+from gcdlite.config import Config
+from gcdlite.envs.alfworld import generated_root, split_intro
 from gcdlite.envs.alfworld.engine import Game
 from gcdlite.envs.alfworld.experts import Expert, Prior
+from gcdlite.envs.alfworld.games import IN_DOMAIN, OUT_OF_DOMAIN, find_games
+from gcdlite.nano import build_model, build_tokenizer
+from gcdlite.policy import Policy
 from gcdlite.records import Task
+from gcdlite.envs import closing
+
+SHORT_LIST = 6  # commands listed in nano's first lessons
 
 
 @dataclass
@@ -163,14 +175,106 @@ def random_examples(tasks: Iterable[Task], style: Style, rng: random.Random) -> 
                 break
 
 
+# --- the two cold starts
+
+
+def main(config: Config, folder: Path) -> None:
+    """`python run.py coldstart`: leaves folder/adapter, or folder/model when the weights are made from scratch."""
+    if config.coldstart.from_scratch:
+        from_scratch(config, folder)
+    else:
+        adapter(config, folder)
+
+
+def adapter(config: Config, folder: Path) -> None:
+    """Train a fresh LoRA adapter on expert play and judgments; `model.adapter=folder/adapter` starts RL from it."""
+    cfg, dice = config.coldstart, random.Random(config.seed)
+    with closing(envs.make(config)) as pool:
+        tasks = pool.tasks("train")
+    window = config.env.history_length
+    style = Style(config.model.prompt, config.env.max_turns if window == "full" else window, config.env.max_turns)
+    prior = make_prior(tasks, 500, dice)
+    chosen = [dice.choice(tasks) for _ in range(cfg.trajectories)]
+    examples = list(expert_examples(chosen, prior, style, dice, deviate=cfg.deviate))
+    judged = (e for e in expert_examples(laps(tasks, dice), prior, style, dice, deviate=0.3, judge=0.3) if e.kind == "judgment")
+    examples += islice(judged, cfg.judgments)
+    policy = Policy(config)
+    rows = [encode(policy.tokenizer, e) for e in examples]
+    print(f"cold start: {len(chosen)} expert episodes, {cfg.judgments} judgments, {sum(len(r) for r, _ in rows)} tokens, {cfg.epochs} epochs")
+    fit(
+        policy.model, [rows] * cfg.epochs, lr=cfg.lr, batch_tokens=cfg.batch_tokens, prompt_weight=0.0, warmup=20,
+        pad=policy.tokenizer.pad_token_id, seed=config.seed, report=_report,
+    )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    policy.save_adapter(folder / "adapter")
+    print(f"adapter: {folder / 'adapter'}; train from it with: python run.py model.adapter={folder / 'adapter'}")
+
+
+def from_scratch(config: Config, folder: Path) -> None:
+    """Build nano: its tokenizer, its base training and its cold start in one schedule; writes folder/model."""
+    cfg, dice, started = config.coldstart, random.Random(config.seed), time.perf_counter()
+    root = generated_root(cfg.games, cfg.games_seed)
+    everything = find_games(root, "train", [*IN_DOMAIN, *OUT_OF_DOMAIN])
+    tasks = find_games(root, "train", IN_DOMAIN)
+    window = config.env.history_length
+    assert window != "full", "nano is trained on a window"
+    plain = Style(config.model.prompt, window, config.env.max_turns)
+    short = Style(config.model.prompt, window, config.env.max_turns, SHORT_LIST)
+    prior = make_prior(tasks, 500, dice)
+
+    def expert(style: Style, count: int) -> list[Example]:
+        source = expert_examples(laps(tasks, dice), prior, style, dice, deviate=cfg.deviate, judge=cfg.judge_share)
+        return list(islice(source, count))
+
+    half = cfg.base_turns // 2
+    phases = [
+        list(islice(random_examples(laps(everything, dice), short, dice), half)),
+        list(islice(random_examples(laps(everything, dice), plain, dice), half)),
+        expert(short, cfg.short_turns),
+        expert(plain, cfg.full_turns),
+    ]
+    sample = [e for phase in phases for e in dice.sample(phase, min(len(phase), 4000))]
+    tokenizer = build_tokenizer(e.prompt + e.response for e in sample)
+    rows = [[encode(tokenizer, e) for e in phase] for phase in phases if phase]
+    model = build_model(tokenizer, config.seed)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"nano: {parameters:,} parameters, {sum(len(r) for phase in rows for r, _ in phase):,} tokens", flush=True)
+    fit(
+        model, rows, lr=cfg.scratch_lr, batch_tokens=cfg.batch_tokens, prompt_weight=0.1, warmup=100,
+        pad=tokenizer.pad_token_id, seed=config.seed, report=_report,
+    )  # fmt: skip
+    target = folder / "model"
+    model.half().save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    made = {
+        "command": " ".join(["python", *sys.argv]),
+        "seed": config.seed,
+        "parameters": parameters,
+        "minutes": round((time.perf_counter() - started) / 60, 1),
+        "coldstart": cfg.model_dump(),
+    }
+    (target / "made.json").write_text(json.dumps(made, indent=1) + "\n")
+    print(f"model: {target}")
+
+
+def laps(tasks: Sequence[Task], dice: random.Random) -> Iterable[Task]:
+    """The tasks over and over, in a new order each time."""
+    while True:
+        yield from dice.sample(list(tasks), len(tasks))
+
+
+def _report(step: int, total: int, loss: float, rate: float) -> None:
+    print(f"step {step + 1}/{total}  loss {loss:.3f}  {rate:,.0f} tokens/s", flush=True)
+
+
 # --- training
 
 
-def encode(tokenizer, example: Example, frame: tuple[str, str]) -> tuple[list[int], int]:
-    """(token ids, where the response begins)."""
-    prompt = tokenizer(frame[0] + example.prompt + frame[1], add_special_tokens=False)["input_ids"]
-    response = tokenizer(example.response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    return prompt + response, len(prompt)
+def encode(tokenizer, example: Example) -> tuple[list[int], int]:
+    """(token ids, where the response begins), through the tokenizer's chat template."""
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": example.prompt}], tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    return ids + tokenizer(example.response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id], len(ids)
 
 
 def fit(
@@ -184,7 +288,7 @@ def fit(
     pad: int,
     seed: int,
     floor: float = 0.05,
-    report=None,
+    report: Callable[[int, int, float, float], None] | None = None,
 ) -> None:
     """Supervised training on (ids, start of the response) rows: AdamW, cosine to `floor` of `lr`.
 

@@ -124,6 +124,23 @@ class Eval(Section):
     before: bool = Field(True, description="evaluate before training, too")
 
 
+class Coldstart(Section):
+    trajectories: Positive = Field(200, description="expert episodes shown")
+    judgments: NonNegative = Field(100, description="judgment examples beside them")
+    deviate: Share = Field(0.1, description="chance that a turn plays something else than the expert says; its label stays the expert's")
+    epochs: Positive = Field(5, description="passes over the examples")
+    lr: Annotated[float, Field(gt=0)] = Field(1e-4, description="learning rate (LoRA); cosine to 5 % of it")
+    batch_tokens: Positive = Field(4096, description="tokens in a batch, padding included")
+    from_scratch: bool = Field(False, description="build and train a whole nano model instead of an adapter")
+    games: Positive = Field(5000, description="from scratch: games to generate for it")
+    games_seed: NonNegative = Field(7, description="from scratch: their seed; not that of the games a run plays")
+    base_turns: NonNegative = Field(8000, description="from scratch: turns of random play on all six task types")
+    short_turns: NonNegative = Field(8000, description="from scratch: expert turns and judgments whose command lists are cut to a few entries")
+    full_turns: NonNegative = Field(24000, description="from scratch: expert turns and judgments as the agent will see them")
+    judge_share: Share = Field(0.2, description="from scratch: chance that a turn also becomes a judgment example")
+    scratch_lr: Annotated[float, Field(gt=0)] = Field(3e-3, description="from scratch: learning rate of all parameters")
+
+
 class Config(Section):
     steps: Positive = Field(150, description="training iterations")
     seed: NonNegative = Field(0, description="seed of everything drawn at random")
@@ -138,6 +155,7 @@ class Config(Section):
     update: Update = Field(default_factory=Update)
     gcd: Gcd = Field(default_factory=Gcd)
     eval: Eval = Field(default_factory=Eval)
+    coldstart: Coldstart = Field(default_factory=Coldstart)
 
 
 def nearest(word: str, known: Any) -> str:

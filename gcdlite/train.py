@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,12 +12,13 @@ from typing import Any
 
 from gcdlite import advantages, checkpoint, envs
 from gcdlite.config import Config
+from gcdlite.envs import closing
 from gcdlite.envs.base import Pool
 from gcdlite.evaluate import evaluate
 from gcdlite.gcd import judge as judging
 from gcdlite.gcd.labels import label
 from gcdlite.policy import Policy
-from gcdlite.records import Group, Sample, Task, UserError
+from gcdlite.records import Group, Sample, Task
 from gcdlite.rollout import collect
 from gcdlite.runlog import Listener, RunLog
 from gcdlite.update import make_optimizer, update
@@ -197,25 +197,3 @@ def summarise(config: Config, log: RunLog, training_seconds: float, wall_seconds
     }  # fmt: skip
     (log.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary
-
-
-@contextmanager
-def closing(pool: Pool) -> Iterator[Pool]:
-    """Close the pool however the run ends; a polite kill (SIGTERM) ends it like Ctrl-C."""
-
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread: whoever runs us handles signals
-        before = None
-    try:
-        yield pool
-    finally:
-        pool.close()
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
-
-
-__all__ = ["train", "UserError"]

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 from gcdlite.config import Config
 from gcdlite.envs.base import Pool
 
@@ -11,3 +16,22 @@ def make(config: Config) -> Pool:
     from gcdlite.envs.alfworld import AlfworldPool
 
     return AlfworldPool(config)
+
+
+@contextmanager
+def closing(pool: Pool) -> Iterator[Pool]:
+    """Close the pool however the run ends; a polite kill (SIGTERM) ends it like Ctrl-C."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: whoever runs us handles signals
+        before = None
+    try:
+        yield pool
+    finally:
+        pool.close()
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
