@@ -15,7 +15,9 @@ import argparse
 import io
 import json
 import logging
+import shutil
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Iterable
@@ -132,6 +134,11 @@ def train(args: argparse.Namespace, faults: list[str]) -> int:
 def coldstart(args: argparse.Namespace, faults: list[str]) -> int:
     """Supervised training before RL."""
     folder, config, _ = chosen(args, faults)
+    folder = folder if config.out else folder.with_name(f"coldstart-{folder.name}")
+
+    from gcdlite import runlog
+
+    runlog.check_free(folder)
     prepare(config)
 
     from gcdlite import coldstart as room
@@ -151,13 +158,12 @@ def evaluate(args: argparse.Namespace, faults: list[str]) -> int:
     from gcdlite import envs
     from gcdlite.evaluate import evaluate as measure
     from gcdlite.policy import Policy
-    from gcdlite.envs import closing
     from gcdlite.view.dashboard import evaluation_table
 
     adapter, which = newest_adapter(folder)
     print(f"evaluating {which} of {folder} on {', '.join(config.eval.levels)}", flush=True)
     metrics: dict[str, Any] = {}
-    with closing(envs.make(config)) as pool:
+    with envs.closing(envs.make(config)) as pool:
         policy = Policy(config, adapter=adapter)
         for level in config.eval.levels:
             metrics |= measure(policy, pool, level, config)[0]
@@ -179,11 +185,10 @@ def watch(args: argparse.Namespace, faults: list[str]) -> int:
     from gcdlite import envs
     from gcdlite.policy import Policy
     from gcdlite.rollout import play
-    from gcdlite.envs import closing
     from gcdlite.view.transcript import show
 
     adapter, which = newest_adapter(folder)
-    with closing(envs.make(config)) as pool:
+    with envs.closing(envs.make(config)) as pool:
         tasks = pool.tasks(args.level)
         if not 0 <= args.task < len(tasks):
             raise UserError(f"--task {args.task}: {args.level} has the games 0 to {len(tasks) - 1}")
@@ -316,8 +321,6 @@ def prepare(config: Config) -> None:
 def announce(config: Config, folder: Path, settings: str, games: str) -> None:
     """Say what was chosen, why, and what to install or download for more."""
     import torch
-    from rich.console import Console
-    from rich.table import Table
 
     cuda = torch.cuda.is_available()
     weights = "full precision" if config.model.quantization == "none" else "4-bit NF4"
@@ -330,12 +333,11 @@ def announce(config: Config, folder: Path, settings: str, games: str) -> None:
         "size": f"{config.steps} iterations of {config.rollout.groups} games x {config.rollout.group_size} episodes, seed {config.seed}",
         "folder": str(folder),
     }
-    table = Table.grid(padding=(0, 2))
+    print(f"gcdlite {__version__}")
+    width = shutil.get_terminal_size((100, 24)).columns
     for name, text in lines.items():
-        table.add_row(name, text)
-    console = Console(highlight=False, markup=False)
-    console.print(f"gcdlite {__version__}", style="bold")
-    console.print(table)
+        wrapped = textwrap.wrap(text, width - 1, initial_indent=f"  {name:<10}", subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False)
+        print("\n".join(wrapped), flush=True)
 
 
 def stop_on(faults: list[str]) -> None:

@@ -173,7 +173,11 @@ def load(
     Raises UserError that lists every fault, those that the caller has found already first.
     """
     faults = list(faults)
-    data = _read(Path(path)) if path else {}
+    data: dict = {}
+    try:
+        data = _read(Path(path)) if path else {}
+    except UserError as error:
+        faults.append(str(error))
     for item in overrides:
         key, sep, text = item.partition("=")
         try:
@@ -216,7 +220,10 @@ def dump(config: Config, path: Path) -> None:
     path.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False), encoding="utf-8")
 
 
-def _read(path: Path) -> dict:
+def _read(path: Path, above: Sequence[Path] = ()) -> dict:
+    """A file's settings over those of its base; `above` are the files that led here."""
+    if path in above:
+        raise UserError(f"the config file {path} is a base of itself")
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError) as error:
@@ -226,7 +233,7 @@ def _read(path: Path) -> dict:
     if not isinstance(data, dict):
         raise UserError(f"the config file {path} must hold `section: {{field: value}}`, not a {type(data).__name__}")
     if "base" in data:
-        base = _read(path.parent / f"{data.pop('base')}.yaml")
+        base = _read(path.parent / f"{data.pop('base')}.yaml", [*above, path])
         data = _merge(base, data)
     return data
 

@@ -201,7 +201,14 @@ def _load_base(folder: str, config: Config, device: torch.device):
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(_not_loaded(folder, error)) from None
-    return model if config.model.quantization == "nf4" else model.to(device)
+    if config.model.quantization != "nf4":
+        return model.to(device)
+    for module in model.modules():
+        # On CPUs with AVX-512 bf16, bitsandbytes repacks weights at the first forward in eval mode for a kernel that
+        # has no backward: gradients would then silently stop at every 4-bit layer.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def _with_adapter(base, config: Config) -> PeftModel:

@@ -96,9 +96,10 @@ def _step(policy, samples, batch, reference, optimizer, config: Config) -> dict[
     device = policy.device
     sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=device))
     optimizer.zero_grad(set_to_none=True)
-    chosen = [samples[i] for i in batch]
-    for p in make_packs(policy, chosen, config):
-        mine = [batch[k] for k in p.samples]
+    # Without KL a sample of zero advantage has no gradient; it counts in the denominator above, and that is all.
+    active = [i for i in batch if reference is not None or any(samples[i].advantages)]
+    for p in make_packs(policy, [samples[i] for i in active], config):
+        mine = [active[k] for k in p.samples]
         new = logprobs(policy.model, p, config.rollout.temperature).logprobs  # (N,)
 
         def flat(rows) -> torch.Tensor:

@@ -161,7 +161,7 @@ def method(config: Config) -> str:
 def method_name(algorithm: str, labeller: str | None) -> str:
     if labeller is None:
         return algorithm
-    return f"{algorithm} + judgments by {labeller} labels, an upper bound" if "oracle" in labeller else f"{algorithm} + gcd ({labeller} labels)"
+    return f"{algorithm} + judge on {labeller} labels (upper bound)" if "oracle" in labeller else f"{algorithm} + gcd ({labeller} labels)"
 
 
 def picture(state: State, width: int, height: int, now: float | None) -> RenderableType:
@@ -327,7 +327,7 @@ def level_row(level: str, before: Event, after: Event) -> list[Text]:
     if before and after:
         points = 100 * (after["success"] - before["success"])
         change = Text(f"{points:+.1f}", "bold green" if points > 0 else "bold red" if points < 0 else "bold")
-    judge = [percent(part.get("judge")) for part in (before, after) if part]
+    judge = [percent(part["judge"]) for part in (before, after) if part.get("judge") is not None]
     return [Text(level, "bold"), with_interval(before), with_interval(after), change, Text(" → ".join(judge) or "–")]
 
 

@@ -30,6 +30,8 @@ def turns(record: dict[str, Any]) -> Iterator[Text]:
         text.append(f"{number:2d}  ", "dim").append(" ".join(turn["observation"].split()))
         if why := thought(turn["response"]):
             text.append("\n    thinks  ", "dim").append(why, "italic")
+        if "<action>" not in turn["response"]:  # what it did instead of giving a command
+            text.append("\n    writes  ", "dim").append(" ".join(turn["response"].split())[:200] or "(nothing)", "red")
         text.append("\n    does    ", "dim").append(turn["action"], "bold" if turn["admissible"] else "bold red")
         if not turn["admissible"]:
             text.append("   (not admissible)", "red")

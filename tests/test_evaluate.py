@@ -1,0 +1,101 @@
+"""Evaluation: every game once, intervals and shares by type, and no influence on training."""
+
+import pytest
+import torch
+from test_train import scripted
+
+from gcdlite import envs
+from gcdlite.envs.alfworld.engine import Game
+from gcdlite.envs.alfworld.games import IN_DOMAIN, OUT_OF_DOMAIN, level_tasks
+from gcdlite.evaluate import evaluate, success, wilson
+from gcdlite.policy import Policy
+from gcdlite.records import Episode, Task
+
+
+@pytest.mark.parametrize(("wins", "n", "low", "high"), [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634)])
+def test_wilson_against_published_values(wins, n, low, high):
+    assert wilson(wins, n) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_shares_by_type():
+    def played(kind, won):
+        return Episode(Task("t", kind, "t"), "", won=won)
+
+    out = success("eval/L0", [played("a", True), played("a", False), played("b", False), played("b", False)])
+    assert out["eval/L0"] == 0.25 and out["eval/L0/n"] == 4
+    assert out["eval/L0/type/a"] == 0.5 and out["eval/L0/type/b"] == 0.0
+    assert out["eval/L0/low"] < 0.25 < out["eval/L0/high"]
+
+
+def test_every_game_once_in_a_fixed_order_and_wins_are_counted(small_config):
+    """A policy that plays the walkthrough of every second game must score exactly one half."""
+    small_config.eval.limit, small_config.env.max_turns, small_config.eval.judge_turns = 0, 30, 0
+    pool, policy = envs.make(small_config), Policy(small_config)
+    tasks = pool.tasks("L0")
+    scripts = [iter(Game(t.path).walkthrough if i % 2 else []) for i, t in enumerate(tasks)]
+    alive = list(range(len(tasks)))
+    turn = {"n": 0}
+
+    def generate(prompts, **_):
+        from gcdlite.sampling import Completion
+
+        done = []
+        for i in list(alive):
+            command = next(scripts[i], None) if i % 2 else "look"
+            text = f"<think>x</think><action>{command}</action>"
+            ids = policy.tokenizer(text, add_special_tokens=False)["input_ids"]
+            done.append(Completion(ids, [-1.0] * len(ids)))
+        turn["n"] += 1
+        for i in list(alive):
+            if i % 2 and len(Game(tasks[i].path).walkthrough) == turn["n"]:
+                alive.remove(i)
+        assert len(done) == len(prompts)
+        return done
+
+    policy.generate = generate
+    out, episodes = evaluate(policy, pool, "L0", small_config)
+    assert [e.task for e in episodes] == tasks and len({t.id for t in tasks}) == len(tasks) == out["eval/L0/n"]
+    assert [e.won for e in episodes] == [bool(i % 2) for i in range(len(tasks))]
+    assert out["eval/L0"] == (len(tasks) // 2) / len(tasks)
+
+
+def test_levels_are_what_the_protocol_says(games_root):
+    def of(level):
+        tasks = level_tasks(games_root, level, "single")
+        return {t.type for t in tasks}, {t.path.split("json_2.1.1/")[1].split("/")[0] for t in tasks}
+
+    assert of("train") == (set(IN_DOMAIN), {"train"})
+    assert of("L0") == (set(IN_DOMAIN), {"valid_seen"})
+    assert of("L1") == (set(IN_DOMAIN), {"valid_unseen"})
+    assert of("L2") == (set(OUT_OF_DOMAIN), {"valid_unseen"})
+    assert of("L2s") == (set(OUT_OF_DOMAIN), {"valid_seen"})
+
+
+def test_evaluation_is_greedy_repeatable_and_leaves_training_alone(small_config):
+    pool, policy = envs.make(small_config), Policy(small_config)
+    before = torch.get_rng_state()
+    first, _ = evaluate(policy, pool, "L0", small_config)
+    second, _ = evaluate(policy, pool, "L0", small_config)
+    assert first == second and torch.equal(before, torch.get_rng_state())
+
+
+def test_the_judge_is_measured_on_as_many_good_as_bad_turns(small_config):
+    """A judge that calls everything good has balanced accuracy one half, whatever was played."""
+    small_config.env.max_turns, small_config.eval.limit, small_config.eval.judge_turns = 12, 8, 10
+    pool, policy = envs.make(small_config), Policy(small_config)
+    games = {}
+
+    def answer(prompt):
+        if "Judge" in prompt.split("\n")[0]:
+            return "<think>x</think>\\boxed{1}<advice>go on</advice>"
+        # Play the walkthrough's first step, then look around: some turns shorten the plan, others do not.
+        task = prompt.split("Task: ")[1].split("\n")[0]
+        return f"<think>x</think><action>{games[task] if 'Turn 0' in prompt else 'look'}</action>"
+
+    for task in pool.tasks("L0"):
+        game = Game(task.path)
+        games[game.task] = game.walkthrough[0]
+    scripted(policy, answer)
+    out, _ = evaluate(policy, pool, "L0", small_config)
+    assert out["eval/L0/judge_n"] > 0 and out["eval/L0/judge_n"] % 2 == 0
+    assert out["eval/L0/judge_balanced_accuracy"] == 0.5 and out["eval/L0/judge_accuracy_good"] == 1.0

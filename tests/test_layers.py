@@ -1,0 +1,88 @@
+"""Imports point downwards: each room of the house uses only rooms below it, or to its left on its own floor."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Ground floor first. A folder's name stands for all modules in it, which may import one another.
+FLOORS = [
+    ["records", "config", "runlog"],
+    ["prompts", "envs"],
+    ["backbone", "sampling", "packing", "policy"],
+    ["rollout", "advantages", "losses"],
+    ["gcd", "update", "evaluate"],
+    ["nano", "coldstart", "checkpoint", "plan", "analysis"],
+    ["train"],
+    ["sweep", "doctor"],
+    ["view"],
+]
+PLACE = {room: (floor, place) for floor, rooms in enumerate(FLOORS) for place, room in enumerate(rooms)}
+VIEW_MAY_USE = {"records", "config", "runlog", "view"}  # it reads the run log, nothing else
+
+
+def modules() -> dict[str, str]:
+    """Dotted name -> source, of every module of the kit."""
+    files = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in (ROOT / "gcdlite").rglob("*.py")}
+    return {name: file.read_text(encoding="utf-8") for name, file in files.items() if name != "gcdlite"}
+
+
+def imported(source: str, known: set[str]) -> set[str]:
+    """The kit's modules that a source imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "relative imports hide which room is meant"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return {name for name in found if name in known}
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1]
+
+
+def violations(sources: dict[str, str]) -> list[str]:
+    out = []
+    for module, source in sources.items():
+        room = room_of(module)
+        if room not in PLACE:
+            out.append(f"{module} has no place in the house: put it into FLOORS, and into the README's file tree")
+            continue
+        for other in imported(source, set(sources)):
+            target = room_of(other)
+            if target == "view" and room != "view":
+                out.append(f"{module} imports {other}: only run.py may use the view")
+            elif room == "view" and target not in VIEW_MAY_USE:
+                out.append(f"{module} imports {other}: the view reads the run log only")
+            elif target in PLACE and target != room and PLACE[target] > PLACE[room]:
+                out.append(f"{module} imports {other}, which stands above or to the right of it")
+    return sorted(out)
+
+
+def test_imports_point_downwards():
+    assert not violations(modules())
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("gcdlite.packing", "from gcdlite.train import train"),
+        ("gcdlite.sampling", "def f():\n    from gcdlite import policy"),
+        ("gcdlite.envs.base", "import gcdlite.rollout"),
+        ("gcdlite.train", "from gcdlite.view.dashboard import Dashboard"),
+        ("gcdlite.view.dashboard", "from gcdlite.policy import Policy"),
+        ("gcdlite.attic", ""),
+    ],
+)
+def test_a_wrong_import_is_found(module, source):
+    assert violations(modules() | {module: source})
+
+
+def test_siblings_and_lower_floors_are_allowed():
+    sources = modules()
+    sources["gcdlite.envs.base"] = "from gcdlite.envs.alfworld import engine\nfrom gcdlite.records import Task"
+    assert not violations(sources)

@@ -1,0 +1,130 @@
+"""Loading models: full precision and 4 bit, templates, tokens, the reference."""
+
+import pytest
+import torch
+
+from gcdlite.config import check
+from gcdlite.nano import build_model
+from gcdlite.policy import NANO, Policy, load_tokenizer, resolve
+from gcdlite.records import UserError
+
+
+def test_encode_is_the_chat_template(small_config):
+    policy = Policy(small_config)
+    wanted = policy.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Task: find it\nTurn 0"}], add_generation_prompt=True, tokenize=True, return_dict=True
+    )["input_ids"]
+    assert policy.encode("Task: find it\nTurn 0") == wanted
+    assert policy.decode([*policy.tokenizer("look")["input_ids"], policy.tokenizer.eos_token_id]) == "look"
+
+
+def test_any_text_comes_back_unchanged(small_config):
+    tokenizer = Policy(small_config).tokenizer
+    for text in ("go to cabinet 12", "<think>need apple.</think><action>go to fridge 1</action>", "Ünïcode – 東京\n\t{}\\boxed{0}"):
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+def test_a_model_without_template_is_refused(small_model, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(small_model)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="chat template"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_missing_models_are_named():
+    with pytest.raises(UserError, match="no model folder './nowhere'"):
+        resolve("./nowhere")
+
+
+def test_a_pad_that_equals_eos_is_replaced(small_model, tmp_path):
+    """Padding with the stop token would hide it from training."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(small_model)
+    tokenizer.add_special_tokens({"pad_token": tokenizer.eos_token, "additional_special_tokens": ["<|endoftext|>"]})
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).pad_token == "<|endoftext|>"
+
+
+def test_nf4_computes_what_its_dequantised_weights_compute_and_trains(small_config, small_model, tmp_path):
+    """4-bit layers equal a plain product with their own dequantised weights, and a LoRA step through them is finite."""
+    import random
+
+    import bitsandbytes as bnb
+    from transformers import AutoTokenizer
+
+    from gcdlite.records import Sample
+    from gcdlite.update import make_optimizer, update
+
+    tokenizer = AutoTokenizer.from_pretrained(small_model)
+    build_model(tokenizer, 0, hidden=64, layers=2, mlp=128).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    settings = small_config.model_dump()
+    settings["model"] |= {"name": str(tmp_path), "quantization": "nf4"}
+    config = check(settings)
+    policy = Policy(config)
+    layers = [m for m in policy.model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    assert len(layers) == 14  # 7 linear layers in each of 2 blocks; lm_head stays as it is
+    x = torch.randn(3, layers[0].in_features)
+    plain = bnb.functional.dequantize_4bit(layers[0].weight.data, layers[0].weight.quant_state).float()
+    wanted = x @ plain.T + layers[0].bias
+    with torch.no_grad():
+        assert torch.allclose(layers[0](x), wanted, atol=1e-4)
+    x.requires_grad_(True)  # after a forward in eval mode the gradient must still pass through
+    (slope,) = torch.autograd.grad(layers[0](x).sum(), x)
+    assert torch.allclose(slope, plain.sum(0).expand(3, -1), atol=1e-4)
+    done = policy.generate([[1, 2, 3]] * 2, max_new_tokens=4, temperature=1.0, rng=torch.Generator().manual_seed(0))
+    samples = [Sample([1, 2, 3], c.ids, [1.0] * len(c.ids), c.logprobs, unit=i) for i, c in enumerate(done)]
+    optimizer, schedule = make_optimizer(policy, config)
+    before = [p.detach().clone() for p in policy.parameters()]
+    stats = update(policy, samples, optimizer, schedule, config, random.Random(0))
+    assert stats["steps_skipped"] == 0 and stats["grad_norm"] > 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, policy.parameters()))
+
+
+def test_lora_starts_as_the_base_model_and_from_the_seed(small_config):
+    one, two = Policy(small_config), Policy(small_config)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
+    small_config.seed = 1
+    assert any(not torch.equal(a, b) for a, b in zip(one.parameters(), Policy(small_config).parameters()))
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        full = one.model(input_ids=ids).logits
+        with one.reference():
+            assert torch.equal(full, one.model(input_ids=ids).logits)
+
+
+def test_checkpointed_layers_give_the_same_update(small_config):
+    import random
+
+    from test_update import make_samples, wake
+
+    from gcdlite.update import make_optimizer, update
+
+    grads = []
+    for checkpointing in (False, True):
+        small_config.model.checkpointing, small_config.update.minibatches = checkpointing, 1
+        policy = Policy(small_config)
+        wake(policy)
+        samples = make_samples(policy, random.Random(1))
+        optimizer, schedule = make_optimizer(policy, small_config)
+        seen = []
+        optimizer.step = lambda seen=seen, policy=policy: seen.extend(p.grad.clone() for p in policy.parameters())
+        update(policy, samples, optimizer, schedule, small_config, random.Random(0))
+        grads.append(seen)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.skipif(not (NANO / "model.safetensors").is_file(), reason="the nano weights are not made yet")
+def test_the_shipped_nano():
+    import json
+
+    policy = Policy(check({"model": {"name": "nano", "prompt": "brief"}}))
+    made = json.loads((NANO / "made.json").read_text())
+    base = sum(p.numel() for n, p in policy.model.named_parameters() if "lora" not in n)
+    assert base == made["parameters"] and (NANO / "model.safetensors").stat().st_size <= 4_000_000
+    assert made["command"].startswith("python run.py coldstart") and made["minutes"] > 0
