@@ -123,7 +123,11 @@ def train(args: argparse.Namespace, faults: list[str]) -> int:
             summary = loop.train(config, folder, [dashboard], resume=bool(args.resume))
     except KeyboardInterrupt:
         saved = checkpoint.found(folder)
-        how = f"iteration {number_of(saved[-1])} of {config.steps} is saved; go on with: python run.py --resume {folder}" if saved else "nothing was saved yet"
+        how = (
+            f"iteration {number_of(saved[-1])} of {config.steps} is saved; go on with: python run.py --resume {folder}"
+            if saved
+            else "nothing was saved yet"
+        )
         print(f"gcdlite: stopped; {how}", file=sys.stderr)
         return INTERRUPTED
     Console(highlight=False).print(closing_table(summary))
@@ -258,6 +262,10 @@ def chosen(args: argparse.Namespace, faults: list[str]) -> tuple[Path, Config, s
         file = shipped["qwen2.5-1.5b" if cuda else "smollm2" if own else "nano"]
         why = f"the default {'for a model of your own ' if own else ''}{'with' if cuda else 'without'} a CUDA GPU; --config takes another"
         config = load(file, args.settings, flags)
+    for section, field in ((config.env, "data"), (config.model, "name"), (config.model, "adapter")):
+        value = getattr(section, field)
+        if value and Path(value).is_dir():  # the run folder must be good from any other working folder, too
+            setattr(section, field, str(Path(value).resolve()))
     name = f"{config.env.name}-{Path(config.model.name).name.lower()}-{config.algo.name}{'+gcd' if config.gcd.enabled else ''}"
     folder = config.out or Path("runs") / f"{name}-s{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     return Path(folder), config, f"{file.name}, {why}"
@@ -266,7 +274,11 @@ def chosen(args: argparse.Namespace, faults: list[str]) -> tuple[Path, Config, s
 def resumed(args: argparse.Namespace, faults: list[str]) -> tuple[Path, Config, str]:
     """(run folder, settings, why these) of a run to go on with. Any other change would make it another run: UserError."""
     folder = Path(args.resume)
-    fixed = [f"{option} cannot change in a run that goes on" for option, name, *_ in RUN_FLAGS if name != "steps" and getattr(args, name) is not None]
+    fixed = [
+        f"{option} cannot change in a run that goes on"
+        for option, name, *_ in RUN_FLAGS
+        if name != "steps" and getattr(args, name) is not None
+    ]
     config = of_run(folder, args.settings, [*faults, *fixed], {"steps": args.steps})
 
     from gcdlite import checkpoint, runlog
@@ -329,14 +341,17 @@ def announce(config: Config, folder: Path, settings: str, games: str) -> None:
         "model": f"{config.model.name} ({weights}, LoRA rank {config.lora.r})",
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {threads(config)} threads; with a CUDA GPU: --model qwen2.5-1.5b",
         "games": games + ("; for the real ones: alfworld-download, or set ALFWORLD_DATA" if games.endswith("generated") else ""),
-        "method": config.algo.name + (f" + gcd, labeller {config.gcd.labeller}" if config.gcd.enabled else "; --gcd adds the judgment task"),
+        "method": config.algo.name
+        + (f" + gcd, labeller {config.gcd.labeller}" if config.gcd.enabled else "; --gcd adds the judgment task"),
         "size": f"{config.steps} iterations of {config.rollout.groups} games x {config.rollout.group_size} episodes, seed {config.seed}",
         "folder": str(folder),
     }
     print(f"gcdlite {__version__}")
     width = shutil.get_terminal_size((100, 24)).columns
     for name, text in lines.items():
-        wrapped = textwrap.wrap(text, width - 1, initial_indent=f"  {name:<10}", subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False)
+        wrapped = textwrap.wrap(
+            text, width - 1, initial_indent=f"  {name:<10}", subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False
+        )
         print("\n".join(wrapped), flush=True)
 
 
@@ -353,7 +368,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = Parser(
         prog="run.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         description=f"gcdlite {__version__}: GRPO with judgment training (GCD) for language-model agents.",
-        epilog="python run.py --env alfworld --gcd   trains with the defaults of this machine\npython run.py train --help           shows its flags",
+        epilog=(
+            "python run.py --env alfworld --gcd   trains with the defaults of this machine\n"
+            "python run.py train --help           shows its flags"
+        ),
     )  # fmt: skip
     commands = parser.add_subparsers(dest="command", metavar="command")
     parsers = {name: commands.add_parser(name, help=text, description=text, allow_abbrev=False) for name, (_, _, text) in COMMANDS.items()}

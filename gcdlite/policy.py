@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from gcdlite.config import Config
 from gcdlite.records import UserError
@@ -121,7 +121,7 @@ def resolve(name: str) -> str:
     """A model's folder or hub id. `nano` and `smollm2` are known by name. Raises UserError when nothing is there."""
     if name == "nano":
         if not (NANO / "model.safetensors").is_file():
-            raise UserError(f"the nano weights are missing from {NANO}; reinstall gcdlite, or make them: python run.py coldstart --config nano")
+            raise UserError(f"the nano weights are missing from {NANO}; reinstall gcdlite, or make them: python run.py coldstart --config nano coldstart.from_scratch=true")
         return str(NANO)
     if name == "smollm2":
         return str(smollm2())
@@ -130,7 +130,7 @@ def resolve(name: str) -> str:
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} holds no config.json: --model wants a folder written by save_pretrained, or a hub id")
         return str(folder)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).parent != Path(".") and Path(name).parent.is_dir():
         raise UserError(f"no model folder {name!r}; give a folder written by save_pretrained, a hub id, nano or smollm2")
     return name
 
@@ -175,7 +175,7 @@ def smollm2() -> Path:
 def load_tokenizer(folder: str):
     """The tokenizer, with a pad token that is not its end token. Raises UserError without a chat template."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = _own_class(folder).from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise UserError(_not_loaded(folder, error)) from None
     if not tokenizer.chat_template:
@@ -185,6 +185,15 @@ def load_tokenizer(folder: str):
         if spare:  # padding is masked everywhere; it only must not be the stop token, which is trained
             tokenizer.pad_token = spare
     return tokenizer
+
+
+def _own_class(folder: str):
+    """Who reads this tokenizer. For a Qwen2 model AutoTokenizer (transformers 5.23) puts Qwen's own splitting rules in
+    place of those that tokenizer.json states, whatever class the folder names; nano's text would become other tokens.
+    """
+    file = Path(folder) / "tokenizer_config.json"
+    named = json.loads(file.read_text()).get("tokenizer_class") if file.is_file() else None
+    return PreTrainedTokenizerFast if named in ("TokenizersBackend", "PreTrainedTokenizerFast") else AutoTokenizer
 
 
 def _load_base(folder: str, config: Config, device: torch.device):

@@ -6,6 +6,7 @@ the prompts, so that a completion does not depend on which others were sampled w
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -157,7 +158,7 @@ def sample(
     order = sorted(range(len(keys)), key=lambda i: (len(keys[i]), keys[i]))  # equal prompts end up side by side
     completions: list[Completion] = [Completion([], []) for _ in prompts]
     model = backbone.plain(model)
-    with _evaluating(model), backbone.folded(model):
+    with _evaluating(model), backbone.lean(model):
         sampler = _Sampler(model, max_new_tokens, temperature, stop_ids)
         head_layers = sampler.head(head, heads) if head else []
         for start in range(0, len(order), max_rows):
@@ -181,26 +182,33 @@ class _Layout:
     def of(cls, groups: Sequence[Sequence[tuple[int, int]]], empty: int, columns: int, steps: int, width: int) -> _Layout:
         """The cheapest layout. `groups` holds (slot, number of the completion) of those left in each row before.
 
-        Few slots a row leave none empty, but a prompt with more copies then takes several rows.
-        """
+        Few slots a row leave none empty, but a prompt with more copies then takes several rows."""
+        sizes = Counter(map(len, groups))
 
-        def split(queries: int) -> _Layout:
-            rows, copies, slots = [], [], []
-            for row, group in enumerate(groups):
-                for start in range(0, len(group), queries):
-                    part = group[start : start + queries]
-                    unused = queries - len(part)
-                    rows.append(row)
-                    copies.append([slot for slot, _ in part] + [0] * unused)
-                    slots.append([number for _, number in part] + [empty] * unused)
-            return cls(rows, copies, slots, queries)
+        def cost(queries: int) -> int:
+            return _cost(sum(n * -(-size // queries) for size, n in sizes.items()), queries, columns, steps, width)
 
-        sizes = range(1, max(map(len, groups)) + 1)
-        return min(map(split, sizes), key=lambda layout: layout.cost(columns, steps, width))
+        queries = min(range(1, max(sizes) + 1), key=cost)
+        layout = cls([], [], [], queries)
+        for row, group in enumerate(groups):
+            for start in range(0, len(group), queries):
+                part = group[start : start + queries]
+                unused = queries - len(part)
+                layout.rows.append(row)
+                layout.copies.append([slot for slot, _ in part] + [0] * unused)
+                layout.slots.append([number for _, number in part] + [empty] * unused)
+        return layout
 
     def cost(self, columns: int, steps: int, width: int) -> int:
-        """Of one step: a slot's way through the weights costs about as much as reading `width` columns of a row."""
-        return len(self.rows) * (self.queries * width + columns + self.queries * steps)
+        return _cost(len(self.rows), self.queries, columns, steps, width)
+
+
+def _cost(rows: int, queries: int, columns: int, steps: int, width: int) -> int:
+    """Of one step, in products of a query with a key. A slot's way through the weights costs about 6 * width of them,
+    and reading a key from memory as much as 8. A row with many slots reads its prompt once for all of them, but its
+    slots see each other's columns, too, of which there will be more than the `steps` that are there now."""
+    keys = columns + queries * (steps + 16)
+    return rows * (queries * 6 * width + (queries + 8) * keys)
 
 
 class _Sampler:

@@ -40,9 +40,8 @@ def train(config: Config, folder: Path, listeners: Sequence[Listener] = (), resu
         started = time.perf_counter()
 
         if state.iteration == 0:
-            if config.eval.before and not _evaluated(log, 0):
-                run_evaluation(policy, pool, config, log, 0)
             checkpoint.save(folder, policy, optimizer, schedule, state)
+        evaluate_when_due(policy, pool, config, log, state.iteration)
 
         for iteration in range(state.iteration, config.steps):
             clock = Clock(log, iteration + 1)
@@ -67,12 +66,8 @@ def train(config: Config, folder: Path, listeners: Sequence[Listener] = (), resu
             log.episodes(iteration + 1, "train", shown(groups))
             log.emit(iteration + 1, "train", metrics)
             checkpoint.save(folder, policy, optimizer, schedule, state)
-            last = iteration + 1 == config.steps
-            if last or (config.eval.every and (iteration + 1) % config.eval.every == 0):
-                run_evaluation(policy, pool, config, log, iteration + 1)
+            evaluate_when_due(policy, pool, config, log, iteration + 1)
 
-        if not _evaluated(log, config.steps):  # the run was stopped between its last iteration and this
-            run_evaluation(policy, pool, config, log, config.steps)
         policy.save_adapter(folder / "adapter")
         return summarise(config, log, state.seconds, time.perf_counter() - started)
 
@@ -139,20 +134,23 @@ def shown(groups: Sequence[Group]) -> list:
     return won[:1] + lost[:1]
 
 
-def run_evaluation(policy: Policy, pool: Pool, config: Config, log: RunLog, iteration: int) -> None:
-    """Evaluate all levels and log one event."""
+def evaluate_when_due(policy: Policy, pool: Pool, config: Config, log: RunLog, iteration: int) -> None:
+    """Evaluate all levels and log one event: before training, after it, and every `eval.every` iterations.
+
+    What the log already holds is not done again; what an interruption cut off is.
+    """
+    cfg = config.eval
+    due = iteration == config.steps or (cfg.before if iteration == 0 else bool(cfg.every) and iteration % cfg.every == 0)
+    if not due or any(e["phase"] == "eval" and e["iteration"] == iteration for e in log.events()):
+        return
     clock = Clock(log, iteration)
     metrics: dict[str, float] = {}
-    for level in config.eval.levels:
+    for level in cfg.levels:
         with clock(f"eval {level}"):
             found, episodes = evaluate(policy, pool, level, config)
         metrics |= found
         log.episodes(iteration, f"eval {level}", [e for e in episodes if not e.won][:1])
     log.emit(iteration, "eval", metrics | {"time/eval": clock.total})
-
-
-def _evaluated(log: RunLog, iteration: int) -> bool:
-    return any(e["phase"] == "eval" and e["iteration"] == iteration for e in log.events())
 
 
 class Clock:

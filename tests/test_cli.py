@@ -113,8 +113,9 @@ def test_an_output_folder_in_use_is_left_alone(capsys, elsewhere):
 def small(games_root, model, *more) -> list[str]:
     """A run of seconds: 2 games x 2 episodes x 3 turns."""
     return [
-        "--config", "nano", "--model", str(model), f"env.data={games_root}", "env.max_turns=3", "lora.r=4", "rollout.groups=2", "rollout.group_size=2",
-        "rollout.max_new_tokens=4", "gcd.max_new_tokens=4", "gcd.labeller=oracle", "gcd.turns=2", "gcd.group_size=2", "eval.limit=2", "eval.judge_turns=2",
+        "--config", "nano", "--model", str(model), f"env.data={games_root}", "env.max_turns=3", "lora.r=4",
+        "rollout.groups=2", "rollout.group_size=2", "rollout.max_new_tokens=4",
+        "gcd.max_new_tokens=4", "gcd.labeller=oracle", "gcd.turns=2", "gcd.group_size=2", "eval.limit=2", "eval.judge_turns=2",
         *map(str, more),
     ]  # fmt: skip
 
@@ -204,7 +205,12 @@ def test_an_interrupted_run_goes_on_is_evaluated_and_watched(a_run, capsys):
     assert run.main(["--resume", "run", "--steps", "2", "eval.limit=3"]) == 0
     out = capsys.readouterr().out
     assert "iteration 2/2" in out and "iteration 1/2" not in out and "upper bound" in out
-    assert [(e["iteration"], e["phase"]) for e in read_lines(a_run / "events.jsonl")] == [(0, "eval"), (1, "train"), (2, "train"), (2, "eval")]
+    assert [(e["iteration"], e["phase"]) for e in read_lines(a_run / "events.jsonl")] == [
+        (0, "eval"),
+        (1, "train"),
+        (2, "train"),
+        (2, "eval"),
+    ]
     before.steps, before.eval.limit = 2, 3
     assert load(a_run / "config.yaml") == before
     assert "--steps 1: this run has finished 2" in refused(capsys, "--resume", "run", "--steps", "1")
@@ -223,8 +229,10 @@ def test_an_interrupted_run_goes_on_is_evaluated_and_watched(a_run, capsys):
 
 
 def test_a_run_that_another_process_writes_is_left_alone(a_run, capsys):
-    code = "import sys; from pathlib import Path; from gcdlite.runlog import RunLog; log = RunLog(Path(sys.argv[1])); log.lock(); print('ready', flush=True); input()"
-    other = subprocess.Popen([sys.executable, "-c", code, str(a_run.resolve())], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    code = "import pathlib, gcdlite.runlog as r; log = r.RunLog(pathlib.Path({!r})); log.lock(); print('ready', flush=True); input()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code.format(str(a_run.resolve()))], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     try:
         assert other.stdout.readline() == b"ready\n"
         before = (a_run / "config.yaml").read_text()
@@ -281,19 +289,41 @@ def test_doctor_multiplies_in_four_bits(monkeypatch):
 
 EVENTS = [
     {"begins": "eval L0", "iteration": 0},
-    {"iteration": 0, "phase": "eval", "eval/L0": 0.375, "eval/L0/low": 0.229, "eval/L0/high": 0.547, "eval/L0/n": 32, "eval/L0/judge_balanced_accuracy": 0.52,
-     "eval/L0/turns": 17.5, "eval/L0/type/look_at_obj_in_light": 0.25, "eval/L1": 0.25, "eval/L1/low": 0.133, "eval/L1/high": 0.421, "eval/L1/n": 32, "time/eval": 65.0},
+    {"iteration": 0, "phase": "eval", "eval/L0": 0.375, "eval/L0/low": 0.229, "eval/L0/high": 0.547, "eval/L0/n": 32,
+     "eval/L0/judge_balanced_accuracy": 0.52, "eval/L0/turns": 17.5, "eval/L0/type/look_at_obj_in_light": 0.25,
+     "eval/L1": 0.25, "eval/L1/low": 0.133, "eval/L1/high": 0.421, "eval/L1/n": 32, "time/eval": 65.0},
     {"begins": "rollout", "iteration": 1},
-    {"iteration": 1, "phase": "train", "rollout/success": 0.4375, "rollout/turns": 15.25, "rollout/malformed": 0.031, "rollout/inadmissible": 0.128,
-     "rollout/tokens_per_s": 1234.0, "groups/zero_variance": 3, "loss/policy": -0.0123, "loss/judgment": 0.0045, "kl": 0.0067, "grad_norm": 0.891, "clip_share": 0.02,
-     "gcd/balanced_accuracy": 0.613, "gcd/accuracy_good": 0.702, "gcd/accuracy_bad": 0.524, "gcd/verdict_bad_share": 0.411, "gcd/labels_good": 61, "gcd/labels_bad": 305,
-     "gcd/selected": 30, "time/rollout": 19.2, "time/judge": 4.1, "time/update": 11.7, "time/iteration": 35.0},
+    {"iteration": 1, "phase": "train", "rollout/success": 0.4375, "rollout/turns": 15.25, "rollout/malformed": 0.031,
+     "rollout/inadmissible": 0.128, "rollout/tokens_per_s": 1234.0, "groups/zero_variance": 3, "loss/policy": -0.0123,
+     "loss/judgment": 0.0045,
+     "kl": 0.0067, "grad_norm": 0.891, "clip_share": 0.02, "gcd/balanced_accuracy": 0.613, "gcd/accuracy_good": 0.702,
+     "gcd/accuracy_bad": 0.524,
+     "gcd/verdict_bad_share": 0.411, "gcd/labels_good": 61, "gcd/labels_bad": 305, "gcd/selected": 30,
+     "time/rollout": 19.2, "time/judge": 4.1, "time/update": 11.7, "time/iteration": 35.0},
     {"begins": "judge", "iteration": 2},
     {"episode": {"task": "t", "type": "x", "description": "put a mug in coffeemachine.", "won": False, "error": None, "turns": [
-        {"observation": "a room", "response": "<think>need mug</think><action>go to shelf 9</action>", "action": "go to shelf 9", "admissible": False, "result": "Nothing happens."}]},
+        {"observation": "a room", "response": "<think>need mug</think><action>go to shelf 9</action>", "action": "go to shelf 9",
+         "admissible": False, "result": "Nothing happens."}]},
      "iteration": 1, "phase": "train"},
 ]  # fmt: skip
-NUMBERS = ["43.8 %", "-0.0123", "+0.0045", "0.0067", "0.891", "61.3 %", "70.2 %", "52.4 %", "41.1 %", "61 good", "305 bad", "30", "19.2", "4.1", "11.7", "35.0"]
+NUMBERS = [
+    "43.8 %",
+    "-0.0123",
+    "+0.0045",
+    "0.0067",
+    "0.891",
+    "61.3 %",
+    "70.2 %",
+    "52.4 %",
+    "41.1 %",
+    "61 good",
+    "305 bad",
+    "30",
+    "19.2",
+    "4.1",
+    "11.7",
+    "35.0",
+]
 
 
 def settings(**sections) -> Config:
@@ -331,7 +361,18 @@ def test_the_picture_holds_the_same_numbers():
     shown = text_of(picture(state_after(EVENTS), 100, 30, 112.0), 100, 30)
     for number in NUMBERS:
         assert number in shown, number
-    for part in ("judge 0:12", "left 3:25", "1/5", "37.5 %", "n 32", "put a mug in coffeemachine.", "> go to shelf 9", "Nothing happens.", "need mug", "not won in 1 turns"):
+    for part in (
+        "judge 0:12",
+        "left 3:25",
+        "1/5",
+        "37.5 %",
+        "n 32",
+        "put a mug in coffeemachine.",
+        "> go to shelf 9",
+        "Nothing happens.",
+        "need mug",
+        "not won in 1 turns",
+    ):
         assert part in shown, part
 
 
@@ -339,7 +380,9 @@ def test_the_picture_holds_the_same_numbers():
 @pytest.mark.parametrize("known", [0, 1, len(EVENTS)])
 def test_the_picture_fits(width, height, known):
     console = Console(file=io.StringIO(), width=width, height=height, force_terminal=True)
-    lines = console.render_lines(picture(state_after(EVENTS[:known]), width, height, 101.0), console.options.update(width=width, height=height))
+    lines = console.render_lines(
+        picture(state_after(EVENTS[:known]), width, height, 101.0), console.options.update(width=width, height=height)
+    )
     assert len(lines) == height
     assert all(sum(segment.cell_length for segment in line) == width for line in lines)
 
@@ -358,10 +401,11 @@ def test_on_a_terminal_the_last_picture_stays_and_prints_are_kept(capsys):
     with listener:
         listener(EVENTS[4])
         print("from a library")
+    print("after the run")
     alternate, _, final = console.file.getvalue().rpartition("\x1b[?1049l")  # back from the alternate screen
     assert "\x1b[?1049h" in alternate and "from a library" not in alternate
     assert "43.8 %" in final and "stopped" in final and "from a library" in final
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == "after the run\n"
 
 
 def test_a_reader_that_goes_away_does_not_end_the_run():
@@ -378,15 +422,20 @@ def test_a_reader_that_goes_away_does_not_end_the_run():
 def summary(**changes):
     part = {"success": 0.375, "low": 0.229, "high": 0.547, "n": 32, "judge": 0.52}
     return {
-        "environment": "alfworld", "protocol": "single", "model": "Qwen/Qwen2.5-1.5B-Instruct", "algorithm": "grpo", "gcd": True, "labeller": "rules", "seed": 3,
-        "steps": 20, "eval_temperature": 0.0, "inadmissible_cost": 0.0, "training_seconds": 700.0, "wall_seconds": 803.0,
-        "levels": {"L0": {"before": part, "after": part | {"success": 0.625, "low": 0.453, "high": 0.77, "judge": 0.61}}, "L2": {"after": part | {"success": 0.0}}},
+        "environment": "alfworld", "protocol": "single", "model": "Qwen/Qwen2.5-1.5B-Instruct", "algorithm": "grpo",
+        "gcd": True, "labeller": "rules", "seed": 3, "steps": 20, "eval_temperature": 0.0, "inadmissible_cost": 0.0,
+        "training_seconds": 700.0, "wall_seconds": 803.0,
+        "levels": {
+            "L0": {"before": part, "after": part | {"success": 0.625, "low": 0.453, "high": 0.77, "judge": 0.61}},
+            "L2": {"after": part | {"success": 0.0}},
+        },
     } | changes  # fmt: skip
 
 
 def test_the_closing_table():
     shown = text_of(closing_table(summary()), 100, None)
-    for part in ("protocol single", "Qwen2.5-1.5B-Instruct", "grpo + gcd (rules labels)", "seed 3", "greedily", "37.5 % (23–55, n 32)", "62.5 % (45–77, n 32)", "+25.0",
+    for part in ("protocol single", "Qwen2.5-1.5B-Instruct", "grpo + gcd (rules labels)", "seed 3", "greedily",
+                 "37.5 % (23–55, n 32)", "62.5 % (45–77, n 32)", "+25.0",
                  "52.0 % → 61.0 %", "task types not trained on", "11:40", "13:23"):  # fmt: skip
         assert part in shown, part
     assert "L1" not in shown and "nano" not in shown and "inadmissible" not in shown

@@ -36,8 +36,10 @@ def test_a_base_with_a_dot_in_its_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("update.lr=1e-3", 1e-3), ("update.lr=2", 2.0), ("eval.levels=[L1]", ["L1"]), ("gcd.enabled=true", True),
-                        ("env.history_length=full", "full"), ("env.history_length=3", 3), ("model.adapter=null", None), ("model.name=a=b", "a=b")]
+    ("text", "value"), [("update.lr=1e-3", 1e-3), ("update.lr=2", 2.0), ("eval.levels=[L1]", ["L1"]),
+                        ("gcd.enabled=true", True),
+                        ("env.history_length=full", "full"), ("env.history_length=3", 3),
+                        ("model.adapter=null", None), ("model.name=a=b", "a=b")]
 )  # fmt: skip
 def test_values_are_read_as_yaml(text, value):
     section, field = text.partition("=")[0].split(".")
@@ -47,7 +49,13 @@ def test_values_are_read_as_yaml(text, value):
 def test_all_faults_at_once():
     lines = fault_lines("stesp=3", "update.lr=fast", "rollout.group_size=1", "gcd.labeller=rulez", "loose", faults=["unknown flag --x"])
     assert lines[0] == "unknown flag --x"
-    assert [line.split(":")[0] for line in lines[1:]] == ["'loose' is no setting; write section.field=value", "rollout.group_size", "update.lr", "gcd", "stesp"]
+    assert [line.split(":")[0] for line in lines[1:]] == [
+        "'loose' is no setting; write section.field=value",
+        "rollout.group_size",
+        "update.lr",
+        "gcd",
+        "stesp",
+    ]
 
 
 @pytest.mark.parametrize(

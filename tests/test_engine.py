@@ -106,8 +106,8 @@ PLACES_WITH_DRAWERS = {
 FOOD = "pickupable cleanable heatable coolable sliceable"
 
 
-def place_goal(thing: str, place: str, mark: str = "") -> str:
-    marked = f"({mark} ?x)" if mark else ""
+def place_goal(thing: str, place: str, mark: str = "", able: str = "") -> str:
+    marked = " ".join(f"({property} ?x)" for property in (mark, able) if property)
     return f"(exists (?p - receptacle) (exists (?x - object) (and (inReceptacle ?x ?p) (objectType ?x {thing}Type) {marked} (receptacleType ?p {place}Type))))"
 
 
@@ -422,6 +422,44 @@ def test_an_object_in_two_places_wins_without_being_placed(kitchen):
     assert observation.won and observation.done and observation.score == 100.0
 
 
+# goal, commands that nearly reach it, the command that does
+NEARLY = {
+    "heat undoes cold": (
+        place_goal("Apple", "Shelf", "isCool"),
+        ["go to countertop 1", "take apple 2 from countertop 1", "go to microwave 1", "heat apple 2 with microwave 1", "go to shelf 1",
+         "move apple 2 to shelf 1", "take apple 2 from shelf 1", "go to fridge 1", "cool apple 2 with fridge 1", "go to shelf 1"],
+        "move apple 2 to shelf 1",
+    ),
+    "cold undoes hot": (
+        place_goal("Apple", "Shelf", "isHot"),
+        ["go to shelf 1", "take apple 1 from shelf 1", "go to microwave 1", "heat apple 1 with microwave 1", "go to fridge 1",
+         "cool apple 1 with fridge 1", "go to shelf 1", "move apple 1 to shelf 1", "take apple 1 from shelf 1", "go to microwave 1",
+         "heat apple 1 with microwave 1", "go to shelf 1"],
+        "move apple 1 to shelf 1",
+    ),
+    "another thing does not count": (
+        place_goal("Apple", "CounterTop", "isClean", "cleanable"),
+        ["go to shelf 1", "take plate 1 from shelf 1", "clean plate 1 with sinkbasin 1", "go to countertop 1", "move plate 1 to countertop 1",
+         "go to shelf 1", "take apple 1 from shelf 1", "clean apple 1 with sinkbasin 1", "go to countertop 1"],
+        "move apple 1 to countertop 1",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NEARLY)
+def test_only_the_goal_wins(tmp_path, games, genuine, case):
+    goal, before, last = NEARLY[case]
+    path = write_room(tmp_path / "g.tw-pddl", games, PLACES, KITCHEN, goal, more=NESTED)
+    game = Game(path)
+    for command in before:
+        answer = game.step(command)
+        assert answer.text != "Nothing happens." and not answer.won, command
+    assert game.plan() == [last] and game.step(last).won
+    load(genuine, path)  # the expectation is the genuine engine's too
+    genuine.reset()
+    assert [genuine.step(command).won for command in [*before, last]] == [False] * len(before) + [True]
+
+
 def test_a_win_can_be_undone(tmp_path, games):
     path = write_room(tmp_path / "g.tw-pddl", games, PLACES, KITCHEN, place_goal("Knife", "Shelf"))
     game = Game(path)
@@ -526,6 +564,7 @@ BROKEN = {
     "not known to be solvable": (broken(lambda game: game.pop("solvable")), GameError),
     "PDDL cut off": (broken(lambda game: game.update(pddl_problem=game["pddl_problem"][:-200])), GameError),
     "no goal": (problem("(:goal", "(:gaol"), GameError),
+    "a stray word": (problem("(openable Fridge_bar_1)", "openable (openable Fridge_bar_1)"), GameError),
     "a bracket too few": (problem("(openable Fridge_bar_1)", "(openable Fridge_bar_1"), GameError),
     "an unknown fact": (problem("(openable Fridge_bar_1)", "(lockable Fridge_bar_1)"), GameError),
     "a fact with too few names": (problem("(inReceptacle Apple_bar_2 Shelf_bar_1)", "(inReceptacle Apple_bar_2)"), GameError),
@@ -538,7 +577,7 @@ BROKEN = {
     "a goal of another kind": (problem("(isHot ?x)", "(isSliced ?x)"), ForeignGameError),
     "a goal with a disjunction": (problem("(isHot ?x)", "(or (isHot ?x) (isCool ?x))"), ForeignGameError),
     "other rules": (broken(lambda game: game.update(pddl_domain=game["pddl_domain"].replace("(not (holdsAny ?a))", ""))), ForeignGameError),
-    "rules cut off": (broken(lambda game: game.update(pddl_domain=game["pddl_domain"][:9000])), GameError),
+    "rules cut off": (broken(lambda game: game.update(pddl_domain=game["pddl_domain"][: len(game["pddl_domain"]) // 2])), GameError),
     "an unknown condition": (broken(lambda game: game.update(grammar=game["grammar"].replace("ishot(o:object)", "isred(o:object)"))), ForeignGameError),
 }  # fmt: skip
 
@@ -552,6 +591,49 @@ def test_broken_files_are_refused_in_one_clear_line(kitchen, fault):
     assert type(caught.value) is error and isinstance(caught.value, UserError)
     message = str(caught.value)
     assert message.startswith(str(kitchen)) and "\n" not in message and "; " in message
+
+
+def test_damaged_files_raise_nothing_but_game_errors(kitchen):
+    """Two hundred files with a hole, a stray sign or a doubled piece somewhere: refused in one line, or played."""
+    sound, rng, refused = json.loads(kitchen.read_text()), random.Random(0), 0
+    for _ in range(200):
+        part = rng.choice(["pddl_problem", "pddl_problem", "grammar"])
+        text = sound[part]
+        at = rng.randrange(text.index("(:goal") if part == "pddl_problem" and rng.random() < 0.5 else 0, len(text))
+        piece = rng.choice(["", "", "(", ")", '"', "?x", "{", "#", "\n", "[", " foo ", text[at : at + 10]])
+        kitchen.write_text(json.dumps({**sound, part: text[:at] + piece + text[at + rng.choice([0, 1, 8, 40]) :]}))
+        try:
+            game = Game(kitchen)
+            game.reset()
+            for command in game.plan() or ["look"]:
+                game.step(command)
+        except GameError as error:
+            refused += 1
+            assert str(error).startswith(str(kitchen)) and "\n" not in str(error)
+    assert refused > 50
+
+
+@pytest.mark.parametrize(
+    "goal",
+    [
+        pair_goal("Book", "Drawer").replace("(objectType ?o2 BookType)", "(objectType ?o2 PenType)"),
+        pair_goal("Book", "Drawer").replace("(not (= ?o1 ?o2))", ""),
+        pair_goal("Book", "Drawer").replace("(not (= ?o1 ?o2))", "(not (= ?o1 ?o1))"),
+        pair_goal("Book", "Drawer").replace("(inReceptacle ?o2 ?r)", "(holds agent1 ?o2)"),
+        light_goal("Book").replace("(atLocation ?a ?l)", ""),
+        "(forall (?o - object) (isClean ?o))",
+    ],
+)
+def test_other_goals_are_not_taken_for_known_ones(tmp_path, games, goal):
+    with pytest.raises(ForeignGameError, match="six task types"):
+        Game(write_room(tmp_path / "g.tw-pddl", games, PLACES_WITH_DRAWERS, {**BOOKS, **PEN, **LAMPS}, goal))
+
+
+def test_a_lamp_that_can_be_carried_is_refused(tmp_path, games):
+    """ALFWorld has none, and the plans rely on it."""
+    lamp = {"DeskLamp_bar_1": ("DeskLamp", "Drawer_bar_1", "toggleable pickupable")}
+    with pytest.raises(ForeignGameError):
+        Game(write_room(tmp_path / "g.tw-pddl", games, PLACES_WITH_DRAWERS, {**BOOKS, **lamp}, light_goal("Book")))
 
 
 def test_a_missing_file_is_refused(tmp_path):
@@ -612,7 +694,14 @@ ROOMS = {  # places, things, goal, what fits where (empty: everything)
     "heat": (THREE, APPLES, place_goal("Apple", "Fridge", "isHot"), ""),
     "cool": (THREE, APPLES, place_goal("Apple", "CounterTop", "isCool"), "Fridge>Apple CounterTop>Apple Microwave>Plate"),
     "cool what is cold": (THREE, APPLES, place_goal("Apple", "Microwave", "isCool"), "Microwave>Apple Microwave>Plate"),
-    "clean": ({**THREE, **SINK}, APPLES, place_goal("Apple", "Fridge", "isClean"), "Fridge>Apple Microwave>Plate"),
+    "clean, able in the goal": ({**THREE, **SINK}, APPLES | {"Plate_bar_1": ("Plate", "Fridge_bar_1", "pickupable cleanable")}, place_goal("Apple", "Fridge", "isClean", "cleanable"), "Fridge>Apple Microwave>Plate"),
+    "heat what one cannot": (THREE, APPLES | {"Apple_bar_2": ("Apple", "Microwave_bar_1", "pickupable")}, place_goal("Apple", "CounterTop", "isHot"), "Fridge>Apple CounterTop>Apple"),
+    "put the other thing away first": (
+        {"Drawer_bar_1": ("Drawer", "a", True), "Drawer_bar_2": ("Drawer", "b", True), "Shelf_bar_1": ("Shelf", "c", False)},
+        {"Book_bar_1": ("Book", "Shelf_bar_1", "pickupable"), "Pen_bar_1": ("Pen", "Shelf_bar_1", "pickupable")},
+        place_goal("Pen", "Drawer"),
+        "Drawer>Book Drawer>Pen",
+    ),
     "pair": (PLACES_WITH_DRAWERS, BOOKS, pair_goal("Book", "Drawer"), "Drawer>Book"),
     "pair with something in the way": (
         {name: PLACES_WITH_DRAWERS[name] for name in ("Drawer_bar_1", "Drawer_bar_3", "Shelf_bar_1")},
@@ -621,7 +710,7 @@ ROOMS = {  # places, things, goal, what fits where (empty: everything)
         "Drawer>Book Shelf>Book Drawer>Pen",
     ),
     "pair on the shelf": (PLACES_WITH_DRAWERS, {**BOOKS, **PEN}, pair_goal("Book", "Shelf"), "Shelf>Book Drawer>Pen"),
-    "light": (PLACES_WITH_DRAWERS, {"Book_bar_1": BOOKS["Book_bar_1"], "Book_bar_2": BOOKS["Book_bar_2"], **LAMPS, **PEN}, light_goal("Book"), "Drawer>Book Drawer>Pen Shelf>Pen"),
+    "light": (PLACES_WITH_DRAWERS, {"Book_bar_1": BOOKS["Book_bar_1"], "Book_bar_2": ("Book", "Shelf_bar_1", ""), **LAMPS, **PEN}, light_goal("Book"), "Drawer>Book Drawer>Pen Shelf>Pen"),
     "light in a drawer": ({name: PLACES_WITH_DRAWERS[name] for name in ("Drawer_bar_1", "Drawer_bar_2", "Drawer_bar_3")}, {"Book_bar_2": BOOKS["Book_bar_2"], "DeskLamp_bar_1": ("DeskLamp", "Drawer_bar_1 Drawer_bar_3", "toggleable"), **PEN}, light_goal("Book"), ""),
 }  # fmt: skip
 
@@ -630,12 +719,12 @@ ROOMS = {  # places, things, goal, what fits where (empty: everything)
 def test_plans_are_shortest_in_every_reachable_state(tmp_path, games, room):
     """Against exhaustive search: no state is left out, however odd the play that leads there."""
     places, things, goal, fits = ROOMS[room]
-    able = {"heat": "heatable", "clean": "cleanable"}.get(room, "coolable")
+    able = "heatable" if "isHot" in goal else "cleanable" if "isClean" in goal else "coolable"
     things = {name: (kind, where, properties.format(able)) for name, (kind, where, properties) in things.items()}
     more = "(isCool Apple_bar_2)" if room == "cool what is cold" else ""
     game = Game(write_room(tmp_path / "g.tw-pddl", games, places, things, goal, fits, more))
     states = distances(game, limit=30_000)
-    assert len(states) > 200
+    assert len(states) > 100
     lengths = {distance for _, distance in states}
     assert {0, 1, 2, 3} <= lengths
     for state, distance in states:
@@ -730,6 +819,14 @@ def test_the_worker_takes_plan_and_novelty_from_our_engine(kitchen, genuine):
     ]:
         assert observation == expected
     assert genuine.plan() == ours.plan() and genuine.plan_length() == ours.plan_length() and genuine.task == ours.task
+
+
+def test_plans_stop_where_the_two_engines_part(kitchen, genuine):
+    load(genuine, kitchen)
+    assert genuine.reset().plan is not None
+    genuine._shadow.step("go to shelf 1")  # as if ours had a mistake
+    observation = genuine.step("look")
+    assert observation.text.startswith("You are in the middle") and observation.plan is None and genuine.plan() is None
 
 
 def test_workers_play_the_same_game_apart(kitchen, genuine):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gcdlite.config import check
-from gcdlite.nano import build_model
+from gcdlite.nano import build_model, build_tokenizer
 from gcdlite.policy import NANO, Policy, load_tokenizer, resolve
 from gcdlite.records import UserError
 
@@ -23,6 +23,18 @@ def test_any_text_comes_back_unchanged(small_config):
     for text in ("go to cabinet 12", "<think>need apple.</think><action>go to fridge 1</action>", "Ünïcode – 東京\n\t{}\\boxed{0}"):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+def test_the_tokenizer_splits_as_it_was_built_to(games_root, tmp_path):
+    """Found the hard way: AutoTokenizer replaces the splitting rules of a Qwen2 folder by Qwen's."""
+    texts = ["\ngo to cabinet 1", "You arrive at cabinet 1."] * 5
+    built = build_tokenizer(texts, 400)
+    built.save_pretrained(tmp_path)
+    build_model(built, 0, hidden=32, layers=1, mlp=32).save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    for text in ("\ngo to cabinet 1", "<think>You arrive at cabinet 2."):
+        assert loaded(text)["input_ids"] == built(text)["input_ids"]
+    assert len(loaded("\ngo to cabinet 1")["input_ids"]) == 2
 
 
 def test_a_model_without_template_is_refused(small_model, tmp_path):

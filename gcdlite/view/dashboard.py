@@ -199,7 +199,12 @@ def panel(content: RenderableType, title: str) -> Panel:
 def header(state: State, width: int, now: float | None) -> RenderableType:
     config = state.config
     model = Path(config.model.name).name
-    title = Text.assemble((" gcdlite ", "bold reverse"), f"  {config.env.name} · {model} · {method(config)} · seed {config.seed}", no_wrap=True, overflow="ellipsis")
+    title = Text.assemble(
+        (" gcdlite ", "bold reverse"),
+        f"  {config.env.name} · {model} · {method(config)} · seed {config.seed}",
+        no_wrap=True,
+        overflow="ellipsis",
+    )
     if now is None:
         doing = "finished" if state.done >= config.steps else "stopped"
     else:
@@ -227,7 +232,9 @@ def success_panel(state: State, width: int, height: int) -> Panel:
             text.append(f"\n{marks.get(row, ''):>3} ", "dim")
             for bar in line:  # where the columns leave room, a guide line at each mark
                 text.append("┄" if bar == " " and row in marks else bar, "bright_black" if bar == " " else "green")
-    shares = [f"{100 * value:.0f} % {name}" for name in ("inadmissible", "malformed") if (value := state.latest(f"rollout/{name}")) is not None]
+    shares = [
+        f"{100 * value:.0f} % {name}" for name in ("inadmissible", "malformed") if (value := state.latest(f"rollout/{name}")) is not None
+    ]
     if shares:
         text.append("\n" + ", ".join([f"{number(state.latest('rollout/turns'), '.1f')} turns", *shares]), "dim")
     return panel(text, "success in training")
@@ -265,7 +272,13 @@ def rows(state: State, width: int, names: Iterable[tuple[str, str, str]]) -> Tab
 
 
 def training_panel(state: State, width: int) -> Panel:
-    names = [("policy loss", "loss/policy", "+.4f"), ("judge loss", "loss/judgment", "+.4f"), ("KL", "kl", ".4f"), ("grad norm", "grad_norm", ".3f"), ("clipped", "clip_share", "%")]
+    names = [
+        ("policy loss", "loss/policy", "+.4f"),
+        ("judge loss", "loss/judgment", "+.4f"),
+        ("KL", "kl", ".4f"),
+        ("grad norm", "grad_norm", ".3f"),
+        ("clipped", "clip_share", "%"),
+    ]
     if not state.config.gcd.enabled:
         del names[1]
     zero = state.latest("groups/zero_variance")
@@ -276,7 +289,15 @@ def training_panel(state: State, width: int) -> Panel:
 def judge_panel(state: State, width: int) -> Panel:
     if not state.config.gcd.enabled:
         return panel(Text("judgment training is off\n(--gcd turns it on)", "dim"), "judge")
-    names = [(label, f"gcd/{name}", "%") for label, name in (("balanced", "balanced_accuracy"), ("good turns", "accuracy_good"), ("bad turns", "accuracy_bad"), ("says bad", "verdict_bad_share"))]
+    names = [
+        (label, f"gcd/{name}", "%")
+        for label, name in (
+            ("balanced", "balanced_accuracy"),
+            ("good turns", "accuracy_good"),
+            ("bad turns", "accuracy_bad"),
+            ("says bad", "verdict_bad_share"),
+        )
+    ]
     labels = [number(state.latest(f"gcd/{name}"), ".0f") for name in ("labels_good", "labels_bad", "selected")]
     note = Text("labels {} good {} bad\n{} turns judged".format(*labels), "dim", no_wrap=True, overflow="ellipsis")
     return panel(Group(rows(state, width, names), note), "judge accuracy")
@@ -318,7 +339,9 @@ def of_event(event: Event, level: str) -> Event:
     name = f"eval/{level}"
     if name not in event:
         return {}
-    return {"success": event[name], "judge": event.get(f"{name}/judge_balanced_accuracy")} | {k: event.get(f"{name}/{k}") for k in ("low", "high", "n")}
+    return {"success": event[name], "judge": event.get(f"{name}/judge_balanced_accuracy")} | {
+        k: event.get(f"{name}/{k}") for k in ("low", "high", "n")
+    }
 
 
 def level_row(level: str, before: Event, after: Event) -> list[Text]:
@@ -344,16 +367,22 @@ def with_interval(part: Event) -> Text:
 # --- the end
 
 
-LEVELS = {"L0": "rooms seen in training", "L1": "new rooms", "L2": "new rooms, task types not trained on", "L2s": "seen rooms, task types not trained on"}
+LEVELS = {
+    "L0": "rooms seen in training",
+    "L1": "new rooms",
+    "L2": "new rooms, task types not trained on",
+    "L2s": "seen rooms, task types not trained on",
+}
 
 
 def closing_table(summary: dict[str, Any]) -> RenderableType:
     """L0, L1, L2 before and after, with 95 % intervals and numbers of games, from the data of summary.json."""
-    greedy = summary["eval_temperature"] == 0
     about = [
-        f"{summary['environment']}, protocol {summary['protocol']}", Path(summary["model"]).name, method_name(summary["algorithm"], summary["labeller"]),
-    ]  # fmt: skip
-    how = f"seed {summary['seed']} · {summary['steps']} iterations · evaluated {'greedily' if greedy else 'at temperature ' + str(summary['eval_temperature'])}"
+        f"{summary['environment']}, protocol {summary['protocol']}",
+        Path(summary["model"]).name,
+        method_name(summary["algorithm"], summary["labeller"]),
+    ]
+    how = f"seed {summary['seed']} · {summary['steps']} iterations · evaluated {decoding(summary['eval_temperature'])}"
     table = result_table(["level", "before", "after", "change", "judge"])
     for level, parts in summary["levels"].items():
         table.add_row(*level_row(level, parts.get("before", {}), parts.get("after", {})))
@@ -362,7 +391,10 @@ def closing_table(summary: dict[str, Any]) -> RenderableType:
     if cost := summary.get("inadmissible_cost"):
         notes += [f"Training charged {cost:g} for an inadmissible action (ours; not in the papers)."]
     if summary["model"] == "nano":
-        notes += ["nano's cold start holds judgments, so its runs without gcd are the paper's judge_GRPO; its figures say nothing about larger models."]
+        notes += [
+            "nano's cold start holds judgments, so its runs without gcd are the paper's judge_GRPO; "
+            "its figures say nothing about larger models."
+        ]
     notes += [f"Training took {clock(summary['training_seconds'])}, the whole run {clock(summary['wall_seconds'])}."]
     return Group(Text(" · ".join(about), "bold"), Text(how), table, *(Text(note, "dim") for note in notes))
 
@@ -374,10 +406,15 @@ def evaluation_table(metrics: Event, config: Config) -> RenderableType:
         part = of_event(metrics, level)
         prefix = f"eval/{level}/type/"
         types = "\n".join(f"{name.removeprefix(prefix)} {percent(value)}" for name, value in metrics.items() if name.startswith(prefix))
-        table.add_row(Text(level, "bold"), with_interval(part), number(metrics.get(f"eval/{level}/turns"), ".1f"), percent(part.get("judge")), types)
-    mode = "greedy" if config.eval.temperature == 0 else f"temperature {config.eval.temperature}"
-    about = f"{config.env.name}, protocol {config.env.protocol} · {Path(config.model.name).name} · {method(config)} · {mode}"
-    return Group(Text(about, "bold"), table)
+        table.add_row(
+            Text(level, "bold"), with_interval(part), number(metrics.get(f"eval/{level}/turns"), ".1f"), percent(part.get("judge")), types
+        )
+    about = f"{config.env.name}, protocol {config.env.protocol} · {Path(config.model.name).name} · {method(config)}"
+    return Group(Text(about, "bold"), Text(f"seed {config.seed} · evaluated {decoding(config.eval.temperature)}"), table)
+
+
+def decoding(temperature: float) -> str:
+    return f"at temperature {temperature}" if temperature else "greedily"
 
 
 def result_table(names: Sequence[str]) -> Table:
@@ -393,7 +430,11 @@ def result_table(names: Sequence[str]) -> Table:
 def plain_line(event: Event, state: State) -> str | None:
     """The line that stands for an event; None for what only the picture shows."""
     if "begins" in event:
-        return f"evaluating {event['begins'].removeprefix('eval ')} after iteration {event['iteration']}" if event["begins"].startswith("eval ") else None
+        return (
+            f"evaluating {event['begins'].removeprefix('eval ')} after iteration {event['iteration']}"
+            if event["begins"].startswith("eval ")
+            else None
+        )
     if "episode" in event:
         return None
     place = f"{event['iteration']}/{state.config.steps}"
@@ -411,8 +452,10 @@ def plain_line(event: Event, state: State) -> str | None:
     if state.config.gcd.enabled:
         parts += [
             f"judge loss {number(get('loss/judgment'), '+.4f')}", f"judge {percent(get('gcd/balanced_accuracy'))}",
-            f"(good {percent(get('gcd/accuracy_good'))}, bad {percent(get('gcd/accuracy_bad'))}, says bad {percent(get('gcd/verdict_bad_share'))})",
-            f"labels {number(get('gcd/labels_good'), '.0f')} good {number(get('gcd/labels_bad'), '.0f')} bad, {number(get('gcd/selected'), '.0f')} judged",
+            f"(good {percent(get('gcd/accuracy_good'))}, bad {percent(get('gcd/accuracy_bad'))},"
+            f" says bad {percent(get('gcd/verdict_bad_share'))})",
+            f"labels {number(get('gcd/labels_good'), '.0f')} good {number(get('gcd/labels_bad'), '.0f')} bad,"
+            f" {number(get('gcd/selected'), '.0f')} judged",
         ]  # fmt: skip
     spent = ", ".join(f"{name} {get(f'time/{name}'):.1f}" for name in PHASE_COLOURS if get(f"time/{name}") is not None)
     parts += [
@@ -460,7 +503,12 @@ class Dashboard:
                 self._say(line)
         elif self._live is None:
             self._live = Live(
-                get_renderable=self._draw, console=self.console, screen=True, refresh_per_second=2, redirect_stdout=False, redirect_stderr=False
+                get_renderable=self._draw,
+                console=self.console,
+                screen=True,
+                refresh_per_second=1,
+                redirect_stdout=False,
+                redirect_stderr=False,
             )
             self._redirected.enter_context(contextlib.redirect_stdout(self._printed))
             self._redirected.enter_context(contextlib.redirect_stderr(self._printed))
@@ -502,12 +550,12 @@ def state_of(folder: Path) -> State:
     return state
 
 
-def save_svg(folder: Path, file: Path, width: int = 100, height: int = 28) -> None:
+def save_svg(folder: Path, file: Path, width: int, height: int, title: str) -> None:
     """Write the dashboard of a run folder as a picture of `width` x `height` characters."""
     console = Console(record=True, width=width, height=height, file=io.StringIO(), force_terminal=True, color_system="truecolor")
     console.print(picture(state_of(folder), width, height, None), height=height)
     file.parent.mkdir(parents=True, exist_ok=True)
-    console.save_svg(str(file), title="python run.py --env alfworld --gcd")
+    console.save_svg(str(file), title=title)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -516,9 +564,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--svg", type=Path, required=True, metavar="FILE")
     parser.add_argument("--width", type=int, default=100)
     parser.add_argument("--height", type=int, default=28)
+    parser.add_argument("--title", default="gcdlite", help="what stands in the window's bar")
     args = parser.parse_args(argv)
     try:
-        save_svg(args.run, args.svg, args.width, args.height)
+        save_svg(args.run, args.svg, args.width, args.height, args.title)
     except UserError as error:
         print(f"gcdlite: {error}", file=sys.stderr)
         return 2

@@ -12,10 +12,12 @@ import hashlib
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
+from textwrap import shorten
 
 from gcdlite.records import Observation, UserError
 
@@ -138,7 +140,7 @@ class _Grammar:
             lines = [line for line in block.split("\n") if not line.lstrip().startswith("#")]
             try:
                 self._sources.update(json.loads("\n".join(lines)))
-            except ValueError as error:
+            except (TypeError, ValueError) as error:
                 raise _Fault(f"its grammar holds broken JSON ({error})") from error
         self.command: dict[str, _Text] = {}
         self.feedback: dict[str, _Text] = {}
@@ -195,7 +197,7 @@ class _Grammar:
                 return lambda g, b: False  # a negated fact exists only once an action made it so, and none untoggles
             if not found or len(_PREDICATES.get(found.group(1), ())) != 1:
                 raise _Foreign(f"its grammar has the condition {condition!r}, which this engine does not know")
-            (changing if found.group(1) in _CHANGING else fixed).append(found.groups())  # type: ignore[arg-type]
+            (changing if found.group(1) in _CHANGING else fixed).append((found.group(1), found.group(2)))
         return lambda g, b: (
             all(b[variable] in g._room.fixed[name] for name, variable in fixed)
             and all(b[variable] in g._marks[name] for name, variable in changing)
@@ -292,9 +294,12 @@ def _read_grammar(text: str) -> tuple[_Grammar, str]:
     The line is cut out first: the rest is the same for thousands of games and is compiled once.
     """
     found = _TASK_RULE.search(text)
-    if not found:
+    try:
+        task = json.loads(f'"{found.group(2)}"').replace("\\n", "\n").lstrip() if found else ""
+    except ValueError:
+        task = ""
+    if not found or not task:
         raise _Fault("its grammar has no task text")
-    task = json.loads(f'"{found.group(2)}"').replace("\\n", "\n").lstrip()
     return _compiled_grammar(text[: found.start(2)] + "\\u0000" + text[found.end(2) :]), task
 
 
@@ -403,6 +408,7 @@ def _read_game(path: Path) -> _Room:
         for action, kinds in works.items()
     }
     one_place = {name: {number[fact[0]] for fact in facts[name] if fact[0] in number} for name in _ONE_PLACE}
+    walkthrough = data.get("walkthrough")
     start = [places[place] for _, place in facts["atlocation"]]
     held = [number[thing] for _, thing in facts["holds"]]
     if len(start) != 1 or len(held) > 1:
@@ -410,7 +416,7 @@ def _read_game(path: Path) -> _Room:
     return _Room(
         path=str(path),
         task=task_line.removeprefix("Your task is to: "),
-        walkthrough=list(data.get("walkthrough") or []),
+        walkthrough=walkthrough if isinstance(walkthrough, list) else [],
         texts=texts,
         task_line=task_line,
         objects=[names[name] for name in objects],
@@ -454,6 +460,8 @@ def _read_problem(problem: str) -> tuple[dict[str, str], _Facts, str]:
             pending.append(word)
     facts: _Facts = defaultdict(set)
     listing = re.sub(r"\(\s*=\s*\([^()]*\)[^()]*\)", "", text[init + len("(:init") : goal])  # costs play no part
+    if re.sub(r"\([^()]*\)", "", listing).split() != [")"]:
+        raise _Fault("has a pddl_problem whose :init is not a list of facts")
     for fact in re.findall(r"\(([^()]*)\)", listing):
         predicate, *arguments = fact.split() or [""]
         if _PREDICATES.get(predicate) != tuple([types.get(name) for name in arguments]):
@@ -496,68 +504,61 @@ def _read_goal(
     pickupable: set[int],
 ) -> _Goal:
     """The goal formula, whatever its variables are called and however it nests, as one of the three kinds."""
-    fault = _Foreign("has a goal that is none of ALFWorld's six task types")
-    literals: list[tuple[str, ...]] = []
-    count = 0
-
-    def walk(expression: list, names: dict[str, str]) -> None:
-        """Collect the literals of nested `and` and `exists`, with variables renamed so that scopes cannot clash."""
-        nonlocal count
-        head, rest = expression[0], expression[1:]
-        if head == "and":
-            for part in rest:
-                walk(part, names)
-        elif head == "exists":
-            names = dict(names)
-            for word in rest[0]:
-                if word.startswith("?"):
-                    count += 1
-                    names[word] = f"?{count}"
-            walk(rest[1], names)
-        elif head == "not" and rest[0][0] == "=":
-            walk(["differ", *rest[0][1:]], names)
-        else:
-            literals.append((head, *(names.get(word, word) for word in rest)))
-
-    words = re.findall(r"[()]|[^\s()]+", text)
     try:
-        walk(_nested(iter(words[1:]))[1], {})
-    except (IndexError, TypeError, AttributeError) as error:
-        raise fault from error
+        literals = _literals(_nested(iter(re.findall(r"[()]|[^\s()]+", text)[1:]))[1], {}, count())
+        allowed: dict[str, set[int]] = {}  # variable -> what its types and fixed properties leave
+        joins: dict[str, list[tuple[str, ...]]] = defaultdict(list)
+        for predicate, *arguments in literals:
+            if predicate in ("objecttype", "receptacletype"):
+                members = (object_types if predicate == "objecttype" else receptacle_types).get(arguments[1], set())
+            elif predicate in _ONE_PLACE and predicate not in _CHANGING:
+                members = {fact[0] for fact in facts[predicate]}
+            else:
+                joins[predicate].append(tuple(arguments))
+                continue
+            chosen = {number[name] for name in members}
+            allowed[arguments[0]] = allowed.get(arguments[0], chosen) & chosen
+        goal = _goal(allowed, joins, pickupable)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # a formula of another build
+        goal = None
+    if goal is None:
+        raise _Foreign("has a goal that is none of ALFWorld's six task types")
+    return goal
 
-    allowed: dict[str, set[int]] = {}  # variable -> what its types and fixed properties leave
-    joins: dict[str, list[tuple[str, ...]]] = defaultdict(list)
-    for predicate, *arguments in literals:
-        if predicate in ("objecttype", "receptacletype"):
-            members = (object_types if predicate == "objecttype" else receptacle_types).get(arguments[1], set())
-        elif predicate in _ONE_PLACE and predicate not in _CHANGING:
-            members = {fact[0] for fact in facts[predicate]}
-        else:
-            joins[predicate].append(tuple(arguments))
-            continue
-        chosen = {number[name] for name in members}
-        allowed[arguments[0]] = allowed.get(arguments[0], chosen) & chosen
 
+def _literals(expression: list, names: dict[str, str], fresh: Iterator[int]) -> Iterator[tuple[str, ...]]:
+    """The literals of nested `and` and `exists`, with variables renamed so that scopes cannot clash."""
+    head, rest = expression[0], expression[1:]
+    if head == "and":
+        for part in rest:
+            yield from _literals(part, names, fresh)
+    elif head == "exists":
+        names = names | {word: f"?{next(fresh)}" for word in rest[0] if word.startswith("?")}
+        yield from _literals(rest[1], names, fresh)
+    elif head == "not" and rest[0][0] == "=":
+        yield ("differ", *(names[word] for word in rest[0][1:]))
+    else:
+        yield (head, *(names.get(word, word) for word in rest))
+
+
+def _goal(allowed: dict[str, set[int]], joins: dict[str, list[tuple[str, ...]]], pickupable: set[int]) -> _Goal | None:
+    """The kind of goal that these relations between variables make."""
     shape = {predicate: len(found) for predicate, found in joins.items()}
-    contained = joins["inreceptacle"]
     marks = [predicate for predicate in shape if predicate in ("isclean", "ishot", "iscool")]
-    if not contained or any(o not in allowed for o, _ in contained):
-        raise fault
-    (thing, place) = contained[0]
-    if shape == {"inreceptacle": 1, **dict.fromkeys(marks, 1)} and len(marks) <= 1 and place in allowed:
+    thing, place = joins["inreceptacle"][0]
+    if shape == {"inreceptacle": 1, **dict.fromkeys(marks, 1)} and len(marks) <= 1:
         if not marks or joins[marks[0]] == [(thing,)]:
-            mark = marks[0] if marks else None
-            return _Goal("place", sorted(allowed[thing]), sorted(allowed[place]), mark)
-    if shape == {"inreceptacle": 2, "differ": 1} and place in allowed:
-        other = contained[1][0]
-        if contained[1][1] == place and {thing, other} == set(joins["differ"][0]) and allowed[thing] == allowed[other]:
+            return _Goal("place", sorted(allowed[thing]), sorted(allowed[place]), marks[0] if marks else None)
+    if shape == {"inreceptacle": 2, "differ": 1}:
+        other, its_place = joins["inreceptacle"][1]
+        if its_place == place and {thing, other} == set(joins["differ"][0]) and allowed[thing] == allowed[other]:
             return _Goal("pair", sorted(allowed[thing]), sorted(allowed[place]))
     if shape == dict.fromkeys(("inreceptacle", "istoggled", "receptacleatlocation", "atlocation", "holds"), 1):
-        (target,) = {o for _, o in joins["holds"]}
+        target = joins["holds"][0][1]
         same_place = joins["receptacleatlocation"][0] == (place, joins["atlocation"][0][1])
-        if joins["istoggled"] == [(thing,)] and same_place and target in allowed and not allowed[thing] & pickupable:
+        if joins["istoggled"] == [(thing,)] and same_place and not allowed[thing] & pickupable:
             return _Goal("light", sorted(allowed[target]), lamps=sorted(allowed[thing]))
-    raise fault
+    return None
 
 
 def _nested(words: Iterable[str]) -> list:
@@ -597,10 +598,11 @@ class Game:
         or more). Raises GameError when the file is broken, not solvable, or not an ALFWorld game."""
         try:
             self._room = room = _read_game(Path(path))
-        except _Foreign as fault:
-            raise ForeignGameError(f"{path}: {fault}; play it with env.engine=genuine, or leave it out") from fault
         except _Fault as fault:
-            raise GameError(f"{path}: {fault}; unpack or generate this game again, or leave it out") from fault
+            what = shorten(str(fault), 200, placeholder=" ...")  # one line, whatever it quotes from the file
+            if isinstance(fault, _Foreign):
+                raise ForeignGameError(f"{path}: {what}; play it with env.engine=genuine, or leave it out") from fault
+            raise GameError(f"{path}: {what}; unpack or generate this game again, or leave it out") from fault
         self.path, self.task, self.walkthrough = room.path, room.task, room.walkthrough
         self.receptacles = [room.receptacles[r] for r in room.placed]
         self._with_plan = plan
@@ -647,11 +649,6 @@ class Game:
 
     def contents(self) -> dict[str, list[str]]:
         """What lies in each receptacle now, seen or not: for statistics over training games, never for a prompt."""
-        room = self._room
-        return {room.receptacles[r]: [room.objects[o] for o in self._inside[r]] for r in room.placed}
-
-    def contents(self) -> dict[str, list[str]]:
-        """What lies in each receptacle now, seen or not, by displayed names: the simulator's knowledge."""
         room = self._room
         return {room.receptacles[r]: [room.objects[o] for o in self._inside[r]] for r in room.placed}
 
@@ -831,7 +828,7 @@ _Plan = tuple[int, tuple | None]  # number of commands; (plan before, errand, wa
 _State = tuple[int, frozenset[int], int]  # location (-1: of no further use), opened on the way, where the last put went
 
 
-def _rows(game: Game) -> Iterable[list[list[_Errand]]]:
+def _rows(game: Game) -> Iterator[list[list[_Errand]]]:
     """Every row of errands that wins; an errand is a list of options, one of which must be done."""
     room, held, where = game._room, game._held, game._where
     goal = room.goal
@@ -870,21 +867,14 @@ def _rows(game: Game) -> Iterable[list[list[_Errand]]]:
                     yield first + [puts, take, again]
     else:
         for lamp in goal.lamps:
-            visit = [[("visit", lamp, r) for r in where[lamp]]]
-            use = [[("use", lamp, r) for r in where[lamp]]]
+            # The end is at the lamp in any case, so it can as well be switched on then.
+            what = "visit" if lamp in game._marks["istoggled"] else "use"
+            end = [[(what, lamp, r) for r in where[lamp]]]
             for o in goal.objects:
                 if o == held:
-                    fetch = []
+                    yield end
                 elif o in takes:
-                    fetch = empty + [takes[o]]
-                else:
-                    continue
-                if lamp in game._marks["istoggled"]:
-                    yield fetch + visit
-                    continue
-                yield fetch + use
-                for i in range(len(fetch)):  # or switch it on first and come back
-                    yield fetch[:i] + use + fetch[i:] + visit
+                    yield empty + [takes[o]] + end
 
 
 def _find_plan(game: Game) -> _Plan | None:
