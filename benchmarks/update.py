@@ -2,7 +2,8 @@
 
 Judgments (eight responses to one prompt) against one row a sample and against padded batches, policy turns (prompts
 that share a head) against padded batches. The others compute logits at response tokens only, too, and padded rows are
-sorted by length. Also: which share of the machine's rate in matrix products the packed update reaches.
+sorted by length. Ratios are of CPU seconds, which other work on the machine hardly changes; `ratio_wall` is of the
+clock's. Also: which share of the machine's rate in matrix products the packed update reaches.
 """
 
 from __future__ import annotations
@@ -72,19 +73,22 @@ def packed(model, samples: list[Sample], budget: int) -> None:
 
 
 def compare(sides: dict[str, Callable[[], None]], repeats: int) -> dict:
-    """Median seconds of each side, taken in turns, and the ratio of each to `packed`, pair by pair."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
+    """Median CPU seconds of each side, taken in turns, and medians of the others' ratios to `packed`, pair by pair."""
+    cpu: dict[str, list[float]] = {name: [] for name in sides}
+    wall: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(-1, repeats):  # the first round warms up
         for name, side in sides.items():
-            start = time.perf_counter()
+            start = time.process_time(), time.perf_counter()
             side()
             if repeat >= 0:
-                times[name].append(time.perf_counter() - start)
-    result = {f"{name}_s": round(statistics.median(values), 3) for name, values in times.items()}
-    for name, values in times.items():
+                cpu[name].append(time.process_time() - start[0])
+                wall[name].append(time.perf_counter() - start[1])
+    result = {}
+    for name in sides:
         if name != "packed":
-            result[f"ratio_{name}"] = round(statistics.median(v / p for v, p in zip(values, times["packed"])), 2)
-    return result
+            result[f"ratio_{name}"] = round(statistics.median(o / p for o, p in zip(cpu[name], cpu["packed"])), 2)
+            result[f"ratio_wall_{name}"] = round(statistics.median(o / p for o, p in zip(wall[name], wall["packed"])), 2)
+    return result | {f"{name}_cpu_s": round(statistics.median(values), 3) for name, values in cpu.items()}
 
 
 def flops(model, packs: list[Pack]) -> float:
@@ -102,14 +106,14 @@ def flops(model, packs: list[Pack]) -> float:
 
 
 def matrix_rate() -> float:
-    """The machine's best measured rate in large products, operations a second."""
+    """The machine's best measured rate in large products, operations a CPU second."""
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
     a @ b
     times = []
-    for _ in range(5):
-        start = time.perf_counter()
+    for _ in range(10):
+        start = time.process_time()
         a @ b
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return 2 * 2048**3 / min(times)
 
 
@@ -150,9 +154,10 @@ def main() -> None:
     print("turns", acted)
     share = {}
     for name, samples, result in ("judgments", judgments, judged), ("turns", turns, acted):
-        # The rate is measured beside the update, since other work on the machine slows both.
-        share[name] = round(flops(model, pack(samples, args.budget)) / result["packed_s"] / matrix_rate(), 3)
-    print(json.dumps({"ratio": judged["ratio_row_wise"], "judgments": judged, "turns": acted, "share_of_matrix_rate": share, "threads": torch.get_num_threads(), "budget": args.budget, "repeats": args.repeats}))
+        share[name] = round(flops(model, pack(samples, args.budget)) / result["packed_cpu_s"] / matrix_rate(), 3)
+    setting = {"threads": torch.get_num_threads(), "budget": args.budget, "rows": args.rows, "repeats": args.repeats}
+    result = {"ratio": judged["ratio_row_wise"], "judgments": judged, "turns": acted, "share_of_matrix_rate": share}
+    print(json.dumps({**result, **setting}))
 
 
 if __name__ == "__main__":

@@ -69,44 +69,48 @@ def additive(
 
 
 @contextmanager
-def lean(model: nn.Module) -> Iterator[None]:
-    """Inside, the model computes the same values and gradients with less overhead. Both devices pay off on small models.
+def folded(model: nn.Module) -> Iterator[None]:
+    """Inside, narrow LoRA layers compute x(W + sBA)' in one product, with the same gradients for A and B.
 
-    Narrow LoRA layers compute x(W + sBA)' in one product. peft's xW' + s(xA')B' is five operations over all tokens,
-    which costs a model of hidden size 128 a quarter of its training time. In a wide layer the gradient of W + sBA would
-    cost more than it saves, and in 16 bits or less the sum would swallow the adapter: such layers stay as they are.
-
-    On a CPU, attention reads each key/value head where it is, for all its query heads. The library copies it for each
-    of them, since CUDA kernels cannot do both that and a mask.
-
-    Nothing changes under activation checkpointing, which calls layers again after this context has ended.
+    peft's xW' + s(xA')B' is five operations over all tokens, which costs a model of hidden size 128 a quarter of its
+    training time. In a wide layer the gradient of W + sBA would cost more than it saves, and in 16 bits or less the sum
+    would swallow the adapter: such layers stay as they are, and so does everything under activation checkpointing,
+    which calls the layers again after this context has ended.
     """
-    if model.is_activation_checkpointing and model.training:
-        yield
-        return
     changed = []
-    switch = "TRANSFORMERS_SDPA_FORCE_GQA"
-    before = os.environ.get(switch)
-    for layer in model.modules():
-        if type(layer) is lora.Linear and _foldable(layer):
-            weight = layer.base_layer.weight
-            for name in layer.active_adapters:
-                if name in layer.lora_A:
-                    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-                    weight = torch.addmm(weight, b, a, alpha=layer.scaling[name])
-            layer.forward = lambda x, weight=weight, bias=layer.base_layer.bias: F.linear(x, weight, bias)
-            changed.append(layer)
+    if not (model.training and model.is_activation_checkpointing):
+        for layer in model.modules():
+            if type(layer) is lora.Linear and _foldable(layer):
+                weight = layer.base_layer.weight
+                for name in layer.active_adapters:
+                    if name in layer.lora_A:
+                        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+                        weight = torch.addmm(weight, b, a, alpha=layer.scaling[name])
+                layer.forward = lambda x, weight=weight, bias=layer.base_layer.bias: F.linear(x, weight, bias)
+                changed.append(layer)
     try:
-        if model.device.type == "cpu":
-            os.environ[switch] = "1"
         yield
     finally:
         for layer in changed:
             del layer.forward  # the class's own shows again
-        if before is None:
-            os.environ.pop(switch, None)
-        else:
-            os.environ[switch] = before
+
+
+@contextmanager
+def shared_heads(model: nn.Module) -> Iterator[None]:
+    """Inside, attention on a CPU reads a key/value head where it is, for all query heads that use it.
+
+    Elsewhere the library copies it for each of them, since CUDA's kernels cannot do both that and a mask. Like `folded`,
+    without effect under activation checkpointing.
+    """
+    switch = "TRANSFORMERS_SDPA_FORCE_GQA"
+    if switch in os.environ or model.device.type != "cpu" or (model.training and model.is_activation_checkpointing):
+        yield
+        return
+    os.environ[switch] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[switch]
 
 
 def _foldable(layer: lora.Linear) -> bool:

@@ -295,7 +295,7 @@ def logprobs(
     model = backbone.plain(model)
     kinds = backbone.windows(model)
     _check_head(model)
-    with backbone.lean(model):
+    with backbone.folded(model), backbone.shared_heads(model):
         states = _hidden(model, pack, kinds)  # (N, h)
     head = model.get_output_embeddings()
     targets = pack.targets.to(states.device)
@@ -333,7 +333,7 @@ def _hidden(model: nn.Module, pack: Pack, kinds: dict[str, int | None]) -> Tenso
     stem_positions = torch.arange(length, device=device)[None]
     cache = None
     if length:
-        if model.is_activation_checkpointing and model.training:
+        if model.training and model.is_activation_checkpointing:
             raise UserError("checkpointed layers drop the stem's cache: pack with stem=False")
         cache = Cache(layers=[_Stem() for _ in range(model.config.get_text_config().num_hidden_layers)])
         causal = stem_positions[:, :, None] >= stem_positions[:, None, :]

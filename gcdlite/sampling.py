@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -20,7 +20,7 @@ from gcdlite import backbone
 from gcdlite.records import UserError
 
 Ids = tuple[int, ...]
-PREFILL_TOKENS = 4096  # computed together before decoding; more do not make a CPU faster, and cost a GPU memory
+PREFILL_TOKENS = 2048  # computed together before decoding: more do not make a CPU or a GPU faster, and cost memory
 KeysValues = list[tuple[Tensor, Tensor]]  # for each layer, keys and values (rows, kv heads, columns, head dim)
 
 
@@ -106,14 +106,16 @@ class _Slab(CacheLayerMixin):
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout off and no graph inside; the model's mode is as before afterwards."""
     training = model.training
-    model.eval()
+    if training:
+        model.eval()
     try:
         # Inference mode saves a tenth of a decode step, but bitsandbytes may re-pack its weights in a forward pass, and
         # tensors made in inference mode cannot be trained through later.
         with torch.no_grad() if getattr(model, "is_quantized", False) else torch.inference_mode():
             yield
     finally:
-        model.train(training)
+        if training:
+            model.train()
 
 
 def shared_head(prompts: Sequence[Sequence[int]]) -> int:
@@ -160,7 +162,7 @@ def sample(
     order = sorted(range(len(keys)), key=lambda i: (len(keys[i]), keys[i]))  # equal prompts end up side by side
     completions: list[Completion] = [Completion([], []) for _ in prompts]
     model = backbone.plain(model)
-    with _evaluating(model), backbone.lean(model):
+    with _evaluating(model), backbone.folded(model):
         sampler = _Sampler(model, max_new_tokens, temperature, stop_ids)
         head_layers = sampler.head(head, heads) if head else []
         for start in range(0, len(order), max_rows):
@@ -271,7 +273,7 @@ class _Sampler:
             ids[slots, step], logprobs[slots, step] = token, logprob
             if step + 1 == self.steps:
                 break
-            done[slots] |= torch.isin(token, self.stop_ids)
+            done[slots] |= self._stops(token)
             if (step + 1) % self.check_every == 0:
                 unfinished = empty + 1 - int(done.sum())
                 if unfinished == 0:
@@ -359,22 +361,28 @@ class _Sampler:
 
     def _completions(self, ids: Tensor, logprobs: Tensor) -> list[Completion]:
         """Rows (N, steps) cut after the first stop token."""
-        stop = torch.isin(ids, self.stop_ids)
+        stop = self._stops(ids)
         length = torch.where(stop.any(1), stop.int().argmax(1) + 1, self.steps).tolist()
         return [Completion(row[:n], values[:n]) for row, values, n in zip(ids.tolist(), logprobs.tolist(), length)]
+
+    def _stops(self, tokens: Tensor) -> Tensor:
+        """Which tokens end a completion, in their shape. (`torch.isin` may make the host wait for a GPU.)"""
+        return (tokens[..., None] == self.stop_ids).any(-1)
 
     def _forward(
         self, tokens: Tensor, positions: Tensor, mask: Tensor | dict[str, Tensor], cache: Cache, keep: int
     ) -> Tensor:
         """Logits (R, keep, V) after the last `keep` of tokens (R, Q)."""
-        output = self.model(
-            input_ids=tokens,
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=keep,
-        )
+        # For a single query the library has a better way of its own to use a head for several query heads.
+        with backbone.shared_heads(self.model) if tokens.shape[1] > 1 else nullcontext():
+            output = self.model(
+                input_ids=tokens,
+                position_ids=positions,
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=keep,
+            )
         return output.logits
 
     def _tensor(self, values: list) -> Tensor:
