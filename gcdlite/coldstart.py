@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from gcdlite import envs, prompts
 from gcdlite.config import Config
@@ -28,8 +29,9 @@ from gcdlite.envs.alfworld.engine import Game
 from gcdlite.envs.alfworld.experts import Expert, Prior
 from gcdlite.envs.alfworld.games import IN_DOMAIN, OUT_OF_DOMAIN, find_games
 from gcdlite.nano import build_model, build_tokenizer
-from gcdlite.policy import Policy
-from gcdlite.records import Task
+from gcdlite.policy import Policy, load_tokenizer, resolve
+from gcdlite.records import Episode, Task
+from gcdlite.rollout import play
 from gcdlite.envs import closing
 
 SHORT_LIST = 6  # commands listed in nano's first lessons
@@ -137,8 +139,13 @@ def judgment_example(game, seen, prompt, thought, command, thing, last, style: S
         return None
     rate = rng.choice((10, 20, 30, 40, 50, 60, 70, 80, 90)) / 100
     question = prompts.judge_prompt(style.prompt, prompt, prompts.answer(why, action), rate)
+    return Example(question, _verdict(thought, command, action, shorter), "judgment")
+
+
+def _verdict(thought: str, command: str, action: str, good: bool) -> str:
+    """The judgment that the cold start teaches: what the expert thinks, the verdict, its command, a rule."""
     better = command if command != action else ""
-    return Example(question, prompts.judgment(thought, int(shorter), better, _ADVICE.get(command.split()[0], "look closer.")), "judgment")
+    return prompts.judgment(thought, int(good), better, _ADVICE.get(command.split()[0], "look closer."))
 
 
 _ADVICE = {
@@ -216,8 +223,7 @@ def adapter(config: Config, folder: Path) -> None:
     cfg, dice = config.coldstart, random.Random(config.seed)
     with closing(envs.make(config)) as pool:
         tasks = pool.tasks("train")
-    window = config.env.history_length
-    style = Style(config.model.prompt, config.env.max_turns if window == "full" else window, config.env.max_turns)
+    style = _style(config)
     prior = make_prior(tasks, 500, dice)
     chosen = [dice.choice(tasks) for _ in range(cfg.trajectories)]
     examples = list(expert_examples(chosen, prior, style, dice, deviate=cfg.deviate))
@@ -236,16 +242,49 @@ def adapter(config: Config, folder: Path) -> None:
 
 
 def from_scratch(config: Config, folder: Path) -> None:
-    """Build nano: its tokenizer, its base training and its cold start in one schedule; writes folder/model."""
+    """Build nano: tokenizer, base training and expert play in one schedule, then rounds in which it plays itself and is
+    told what the expert would have done and what its own turns were worth. Writes folder/model."""
     cfg, dice, started = config.coldstart, random.Random(config.seed), time.perf_counter()
-    root = generated_root(cfg.games, cfg.games_seed)
-    everything = find_games(root, "train", [*IN_DOMAIN, *OUT_OF_DOMAIN])
-    tasks = find_games(root, "train", IN_DOMAIN)
-    window = config.env.history_length
-    assert window != "full", "nano is trained on a window"
-    plain = Style(config.model.prompt, window, config.env.max_turns)
-    short = Style(config.model.prompt, window, config.env.max_turns, SHORT_LIST)
+    config.env.data = str(generated_root(cfg.games, cfg.games_seed))
+    tasks = find_games(Path(config.env.data), "train", IN_DOMAIN)
     prior = make_prior(tasks, 500, dice)
+    target = folder / "model"
+    if cfg.start:
+        tokenizer = load_tokenizer(resolve(cfg.start))
+        model = AutoModelForCausalLM.from_pretrained(resolve(cfg.start), dtype=torch.float32)
+    else:
+        tokenizer, model = _first_model(config, tasks, prior, dice)
+    config.model.name = str(target)
+    rng = torch.Generator().manual_seed(config.seed)
+    for turn in range(cfg.rounds):
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+        chosen = dice.sample(tasks, cfg.round_games)
+        with closing(envs.make(config)) as pool:
+            episodes = play(Policy(config), pool, chosen, config, rng, 1.0)
+        print(f"round {turn + 1}: it wins {sum(e.won for e in episodes)} of {len(episodes)} training games", flush=True)
+        own = list(corrections(episodes, prior, _style(config), dice))
+        source = expert_examples(laps(tasks, dice), prior, _style(config), dice, deviate=cfg.deviate, judge=cfg.judge_share)
+        examples = own + list(islice(source, len(own) // 2))
+        _train(config, model, tokenizer, [examples], cfg.scratch_lr / 2)
+    model.half().save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    made = {
+        "command": " ".join(["python", *sys.argv]),
+        "seed": config.seed,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "minutes": round((time.perf_counter() - started) / 60, 1),
+        "coldstart": cfg.model_dump(),
+    }
+    (target / "made.json").write_text(json.dumps(made, indent=1) + "\n")
+    print(f"model: {target}")
+
+
+def _first_model(config: Config, tasks: Sequence[Task], prior: Prior, dice: random.Random):
+    """(tokenizer, model) after base training and expert play."""
+    cfg = config.coldstart
+    everything = find_games(Path(config.env.data), "train", [*IN_DOMAIN, *OUT_OF_DOMAIN])
+    plain, short = _style(config), _style(config, SHORT_LIST)
 
     def expert(style: Style, count: int) -> list[Example]:
         source = expert_examples(laps(tasks, dice), prior, style, dice, deviate=cfg.deviate, judge=cfg.judge_share)
@@ -260,26 +299,39 @@ def from_scratch(config: Config, folder: Path) -> None:
     ]
     sample = [e for phase in phases for e in dice.sample(phase, min(len(phase), 4000))]
     tokenizer = build_tokenizer(e.prompt + e.response for e in sample)
-    rows = [[encode(tokenizer, e) for e in phase] for phase in phases if phase]
     model = build_model(tokenizer, config.seed)
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"nano: {parameters:,} parameters, {sum(len(r) for phase in rows for r, _ in phase):,} tokens", flush=True)
+    _train(config, model, tokenizer, phases, cfg.scratch_lr)
+    return tokenizer, model
+
+
+def _train(config: Config, model: nn.Module, tokenizer, phases: Sequence[Sequence[Example]], lr: float) -> None:
+    rows = [[encode(tokenizer, e) for e in phase] for phase in phases if phase]
+    print(f"nano: {sum(len(phase) for phase in rows):,} examples, {sum(len(r) for phase in rows for r, _ in phase):,} tokens", flush=True)
     fit(
-        model, rows, lr=cfg.scratch_lr, batch_tokens=cfg.batch_tokens, prompt_weight=0.2, warmup=100,
+        model, rows, lr=lr, batch_tokens=config.coldstart.batch_tokens, prompt_weight=0.2, warmup=50,
         pad=tokenizer.pad_token_id, seed=config.seed, report=_report,
     )  # fmt: skip
-    target = folder / "model"
-    model.half().save_pretrained(target)
-    tokenizer.save_pretrained(target)
-    made = {
-        "command": " ".join(["python", *sys.argv]),
-        "seed": config.seed,
-        "parameters": parameters,
-        "minutes": round((time.perf_counter() - started) / 60, 1),
-        "coldstart": cfg.model_dump(),
-    }
-    (target / "made.json").write_text(json.dumps(made, indent=1) + "\n")
-    print(f"model: {target}")
+
+
+def _style(config: Config, commands: int | None = None) -> Style:
+    """How the run's own prompts look."""
+    window = config.env.history_length
+    return Style(config.model.prompt, config.env.max_turns if window == "full" else window, config.env.max_turns, commands)
+
+
+def corrections(episodes: Iterable[Episode], prior: Prior, style: Style, rng: random.Random) -> Iterable[Example]:
+    """What the expert would have done at every turn of played episodes (Ross et al. 2011, DAgger), and what the oracle
+    says of a fifth of the turns: mistakes teach most where the student really makes them."""
+    for episode in episodes:
+        expert = Expert(episode.description, prior, style.history)
+        for turn in episode.turns:
+            thought, command = expert.act(turn.observation, turn.admissible)
+            yield Example(turn.bare_prompt, prompts.answer(thought, command), "expert")
+            better = turn.plan_before is not None and turn.plan_after is not None and turn.plan_after < turn.plan_before
+            if rng.random() < 0.2 and (better or not turn.revealed):
+                question = prompts.judge_prompt(style.prompt, turn.bare_prompt, turn.response, rng.randint(1, 9) / 10)
+                yield Example(question, _verdict(thought, command, turn.action, better), "judgment")
+            expert.remember(turn.observation, turn.action)
 
 
 def laps(tasks: Sequence[Task], dice: random.Random) -> Iterable[Task]:

@@ -138,6 +138,9 @@ class Coldstart(Section):
     short_turns: NonNegative = Field(8000, description="from scratch: expert turns and judgments whose command lists are cut to a few entries")
     full_turns: NonNegative = Field(24000, description="from scratch: expert turns and judgments as the agent will see them")
     judge_share: Share = Field(0.2, description="from scratch: chance that a turn also becomes a judgment example")
+    rounds: NonNegative = Field(3, description="from scratch: times the model plays and learns what the expert would have done (DAgger)")
+    round_games: Positive = Field(256, description="from scratch: games it plays in each round")
+    start: str | None = Field(None, description="from scratch: a model folder to go on with; only the rounds follow")
     scratch_lr: Annotated[float, Field(gt=0)] = Field(2e-3, description="from scratch: learning rate of all parameters")
 
 

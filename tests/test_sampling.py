@@ -101,10 +101,10 @@ def test_greedy_tokens_and_logprobs_are_those_of_generate(name, max_rows):
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_logprobs_are_those_of_a_plain_forward_pass(name, temperature):
     model, prompts = build(name), some_prompts()
-    for prompt, completion in zip(prompts, draw(model, prompts, temperature=temperature)):
-        assert len(completion.ids) == len(completion.logprobs)
-        expected = true_logprobs(model, prompt, completion.ids, temperature)
-        assert completion.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+    for stop in (set(range(6)), ()):  # without stop tokens all run on, past the window, several to a row
+        for prompt, completion in zip(prompts, draw(model, prompts, temperature=temperature, stop=stop), strict=True):
+            expected = true_logprobs(model, prompt, completion.ids, temperature)
+            assert completion.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
 
 
 def test_these_prompts_are_laid_out_in_many_ways(qwen2, monkeypatch):
@@ -263,8 +263,11 @@ def test_the_shared_head_leaves_a_token_to_every_prompt():
 
 def test_the_model_comes_back_as_it_was(qwen2):
     model = copy.deepcopy(qwen2)
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
     model.train()
-    draw(model, some_prompts()[:3], new=2)
+    prompts = some_prompts()
+    assert [c.ids for c in draw(model, prompts)] == [c.ids for c in draw(qwen2, prompts)]  # without dropout
     assert model.training and model.model.layers[0].training
     assert all("forward" not in vars(module) for module in model.modules())
 
