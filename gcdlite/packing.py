@@ -153,10 +153,14 @@ def _plan(entries: list[_Entry], budget: int, linear: int, use_stem: bool) -> _P
             parts[-1].append(entry)
         else:
             parts.append([entry])
-    large = [part for part in parts if sum(e.length - stem for e in part) >= budget // 2]
+    large, small = [], []
+    for part in parts:
+        if sum(e.length - stem for e in part) >= budget // 2:
+            large.append(part)
+        else:
+            small += part
     if not large or len(parts) == 1:
         return together
-    small = [e for part in parts if part not in large for e in part]
     plans = [_plan(part, budget, linear, use_stem) for part in [*large, small] if part]
     apart = _Plan(sum(p.cost for p in plans), [part for p in plans for part in p.parts])
     return min(together, apart, key=lambda plan: plan.cost)
@@ -362,16 +366,17 @@ _checked: WeakSet[nn.Module] = WeakSet()
 
 
 def _check_head(model: nn.Module) -> None:
-    """Refuse a model that scales or caps its logits after lm_head (tried once, on two tokens)."""
+    """Refuse a model that caps or scales its logits after lm_head. Scaling is found by trying two tokens, once."""
     if model in _checked:
         return
     training = model.training
     model.eval()
     with torch.no_grad():
         ids = torch.tensor([[0, 1]], device=model.get_input_embeddings().weight.device)
-        ours = model.get_output_embeddings()(model.base_model(input_ids=ids).last_hidden_state)
-        theirs = model(input_ids=ids).logits
+        ours = model.get_output_embeddings()(model.base_model(input_ids=ids).last_hidden_state).float()
+        theirs = model(input_ids=ids).logits.float()
     model.train(training)
-    if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3):
+    capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    if capped or not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3):
         raise UserError(f"{type(model).__name__} changes its logits after lm_head, which packing does not follow")
     _checked.add(model)

@@ -12,6 +12,8 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -152,6 +154,23 @@ def test_chunks_and_temperature_change_nothing_else():
         assert_same(packed(model, packs, temperature=0.7, chunk=chunk), expected)
 
 
+def test_logits_are_not_kept_for_the_backward_pass_when_they_come_in_chunks():
+    model, one = build("qwen2"), pack(SAMPLES, 10**6)[0]
+    kept: list[int] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dim() == 2 and tensor.shape[1] == V:
+            kept.append(tensor.numel())
+        return tensor
+
+    for chunk, whole in (None, True), (7, False):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logprobs(model, one, chunk=chunk)
+        assert (len(one.targets) * V in kept) == whole
+        assert whole or not kept
+
+
 def test_checkpointed_layers_give_the_same_gradients(monkeypatch):
     model = build("adapter")
     model.enable_input_require_grads()
@@ -248,6 +267,9 @@ def test_models_that_packing_would_get_wrong_are_refused():
     model.config.layer_types = ["chunked_attention", "full_attention"]
     with pytest.raises(UserError, match="chunked_attention"):
         logprobs(model, one)
-    capped = Gemma2ForCausalLM(Gemma2Config(**{**SIZE, "attn_implementation": "eager"}, final_logit_softcapping=1.0))
-    with pytest.raises(UserError, match="after lm_head"):
-        logprobs(capped, one)
+    eager = {**SIZE, "attn_implementation": "eager"}
+    capped = Gemma2ForCausalLM(Gemma2Config(**eager, final_logit_softcapping=30.0))
+    scaled = GraniteForCausalLM(GraniteConfig(**eager, logits_scaling=2.0))
+    for model in (capped, scaled):
+        with pytest.raises(UserError, match="after lm_head"):
+            logprobs(model, one)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import random
 
 import pytest
@@ -270,6 +271,7 @@ def test_the_model_comes_back_as_it_was(qwen2):
     assert [c.ids for c in draw(model, prompts)] == [c.ids for c in draw(qwen2, prompts)]  # without dropout
     assert model.training and model.model.layers[0].training
     assert all("forward" not in vars(module) for module in model.modules())
+    assert "TRANSFORMERS_SDPA_FORCE_GQA" not in os.environ
 
 
 def test_no_prompts_no_completions(qwen2):
