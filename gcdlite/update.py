@@ -40,7 +40,8 @@ def update(
     """Train the adapter on the samples; returns `loss/policy`, `loss/judgment`, `kl`, `grad_norm`, `clip_share` …
 
     Losses are the means over optimizer steps of the value that was trained on. A step whose gradient is not finite is
-    skipped and counted in `steps_skipped`.
+    skipped and counted in `steps_skipped`. With `update.kl` 0 the KL is not in the loss, and `kl` is measured after the
+    update on a few turns.
     """
     cfg = config.update
     samples = [s for s in samples if s.response_ids]
@@ -59,6 +60,8 @@ def update(
         policy.model.eval()
         policy.changed()
     stats = {key: sum(values) / len(values) for key, values in totals.items()}
+    if reference is None:
+        stats["kl"] = _measured_kl(policy, [s for s in samples if s.stream == "policy"], config)
     stats["steps_skipped"] = sum(totals["steps_skipped"])
     return stats
 
@@ -138,13 +141,26 @@ def make_packs(policy: Policy, samples: Sequence[Sample], config: Config):
     return pack(samples, config.update.token_budget, width=width, stem=not config.model.checkpointing)
 
 
-@torch.no_grad()
 def _reference_logprobs(policy: Policy, samples: Sequence[Sample], config: Config) -> list[list[float]]:
-    """Log-probs of every response token under the frozen reference, before anything is trained."""
-    out: list[list[float]] = [[] for _ in samples]
+    """Log-probs of every response token under the frozen reference."""
     with policy.reference():
-        for p in make_packs(policy, samples, config):
-            values = logprobs(policy.model, p, config.rollout.temperature).logprobs.tolist()
-            for k, i in enumerate(p.samples):
-                out[i] = values[p.offsets[k] : p.offsets[k + 1]]
+        return _logprobs(policy, samples, config)
+
+
+@torch.no_grad()
+def _logprobs(policy: Policy, samples: Sequence[Sample], config: Config) -> list[list[float]]:
+    """Log-probs of every response token as the model stands."""
+    out: list[list[float]] = [[] for _ in samples]
+    for p in make_packs(policy, samples, config):
+        values = logprobs(policy.model, p, config.rollout.temperature).logprobs.tolist()
+        for k, i in enumerate(p.samples):
+            out[i] = values[p.offsets[k] : p.offsets[k + 1]]
     return out
+
+
+def _measured_kl(policy: Policy, samples: Sequence[Sample], config: Config, turns: int = 64) -> float:
+    """Mean of k3 over the response tokens of `turns` samples, spread evenly."""
+    few = samples[:: max(1, len(samples) // turns)][:turns]
+    now, reference = _logprobs(policy, few, config), _reference_logprobs(policy, few, config)
+    flat = [torch.tensor([v for row in rows for v in row]) for rows in (now, reference)]
+    return k3(*flat).mean().item()

@@ -120,6 +120,20 @@ def test_zero_advantage_and_no_kl_change_nothing(small_config):
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters()))
 
 
+def test_kl_is_reported_also_where_it_is_not_trained(small_config):
+    small_config.update.kl, small_config.update.minibatches, small_config.update.warmup = 0.0, 1, 0
+    policy = Policy(small_config)
+    optimizer, schedule = make_optimizer(policy, small_config)
+    samples = make_samples(policy, random.Random(1))
+    stats = update(policy, samples, optimizer, schedule, small_config, random.Random(0))
+    mine = [s for s in samples if s.stream == "policy"]
+    with policy.reference():
+        reference = torch.cat([row_logprobs(policy.model, s) for s in mine])
+    with torch.no_grad():
+        d = reference - torch.cat([row_logprobs(policy.model, s) for s in mine])
+    assert stats["kl"] == pytest.approx((d.exp() - d - 1).mean().item(), rel=1e-3) and stats["kl"] > 0
+
+
 def test_kl_alone_pulls_back_to_the_reference(small_config):
     small_config.update.kl, small_config.update.minibatches, small_config.update.lr = 1.0, 1, 1e-3
     policy = Policy(small_config)
