@@ -34,7 +34,7 @@ def test_the_tokenizer_splits_as_it_was_built_to(games_root, tmp_path):
     loaded = load_tokenizer(str(tmp_path))
     for text in ("\ngo to cabinet 1", "<think>You arrive at cabinet 2."):
         assert loaded(text)["input_ids"] == built(text)["input_ids"]
-    assert len(loaded("\ngo to cabinet 1")["input_ids"]) == 2
+    assert [loaded.decode(i) for i in loaded("\ngo to cabinet 1")["input_ids"]] == ["\ngo to", " cabinet", " 1"]
 
 
 def test_a_model_without_template_is_refused(small_model, tmp_path):
