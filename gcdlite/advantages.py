@@ -68,9 +68,5 @@ def _sample(turn: Turn, advantage: float, unit: int) -> Sample:
     return Sample(turn.prompt_ids, turn.response_ids, [advantage] * len(turn.response_ids), turn.logprobs, "policy", unit)
 
 
-def episode_count(groups: Sequence[Group]) -> int:
-    return sum(len(g.episodes) for g in groups)
-
-
 def all_episodes(groups: Sequence[Group]) -> list[Episode]:
     return [e for g in groups for e in g.episodes]

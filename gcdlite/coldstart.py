@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from gcdlite import envs, prompts
 from gcdlite.config import Config
+from gcdlite.envs import closing
 from gcdlite.envs.alfworld import generated_root, split_intro
 from gcdlite.envs.alfworld.engine import Game
 from gcdlite.envs.alfworld.experts import Expert, Prior
@@ -32,7 +33,6 @@ from gcdlite.nano import build_model, build_tokenizer
 from gcdlite.policy import Policy, load_tokenizer, resolve
 from gcdlite.records import Episode, Task
 from gcdlite.rollout import play
-from gcdlite.envs import closing
 
 SHORT_LIST = 6  # commands listed in nano's first lessons
 

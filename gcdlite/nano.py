@@ -22,7 +22,7 @@ TEMPLATE = (
     + "{% if add_generation_prompt %}" + ASSISTANT + "{% endif %}"
 )  # fmt: skip
 
-# Pieces that BPE may join into one token. Fixed wordings become one, which shortens the prompt by a third. A name and its
+# Pieces that BPE may join into one token. Fixed wordings become one, which shortens the prompt. A name and its
 # number stay apart: `apple` in the task and `apple 2` on the table must share a token, or a small model has to learn for
 # every name and number that they belong together (it did not: LOG.md).
 _PIECES = [

@@ -262,9 +262,3 @@ def _stop_ids(tokenizer, model) -> set[int]:
 def _not_loaded(folder: str, error: Exception) -> str:
     first = " ".join(str(error).split())[:200]
     return f"the model {folder!r} cannot be loaded ({first}); give a local folder, download it first (hf download {folder}), or use --model nano"
-
-
-def adapter_base(folder: Path) -> str | None:
-    """The model that a saved adapter was trained on, as its own config names it."""
-    file = folder / "adapter_config.json"
-    return json.loads(file.read_text()).get("base_model_name_or_path") if file.is_file() else None
