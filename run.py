@@ -189,7 +189,7 @@ def watch(args: argparse.Namespace, faults: list[str]) -> int:
     from gcdlite import envs
     from gcdlite.policy import Policy
     from gcdlite.rollout import play
-    from gcdlite.view.transcript import show
+    from gcdlite.view.transcript import Follower
 
     adapter, which = newest_adapter(folder)
     with envs.closing(envs.make(config)) as pool:
@@ -199,7 +199,9 @@ def watch(args: argparse.Namespace, faults: list[str]) -> int:
         policy = Policy(config, adapter=adapter)
         rng = torch.Generator().manual_seed(config.seed)
         print(f"{which} of {folder} plays {args.level} game {args.task}: {tasks[args.task].id}\n", flush=True)
-        show(play(policy, pool, [tasks[args.task]], config, rng, config.eval.temperature)[0])
+        follower = Follower()
+        played = play(policy, pool, [tasks[args.task]], config, rng, config.eval.temperature, on_turn=follower.turn)
+        follower.end(played[0])
     return 0
 
 

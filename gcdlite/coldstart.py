@@ -27,12 +27,12 @@ from gcdlite.config import Config
 from gcdlite.envs import closing
 from gcdlite.envs.alfworld import generated_root, split_intro
 from gcdlite.envs.alfworld.engine import Game
-from gcdlite.envs.alfworld.experts import Expert, Prior
+from gcdlite.envs.alfworld.experts import Expert, Prior, type_of
 from gcdlite.envs.alfworld.games import IN_DOMAIN, OUT_OF_DOMAIN, find_games
+from gcdlite.gcd.labels import verdict
 from gcdlite.nano import build_model, build_tokenizer
 from gcdlite.policy import Policy, load_tokenizer, resolve
-from gcdlite.records import Episode, Task
-from gcdlite.rollout import play
+from gcdlite.records import Task
 
 SHORT_LIST = 6  # commands listed in nano's first lessons
 
@@ -134,18 +134,18 @@ def judgment_example(game, seen, prompt, thought, command, thing, last, style: S
         action = deviation(seen.admissible, last, rng)
         why = thought if rng.random() < 0.3 else explain(action, thing)
     after = game.copy().step(action)
-    shorter = after.plan is not None and seen.plan is not None and after.plan < seen.plan
-    if not shorter and after.revealed:
+    value = verdict(seen.plan, after.plan, after.revealed)
+    if value is None:
         return None
     rate = rng.choice((10, 20, 30, 40, 50, 60, 70, 80, 90)) / 100
     question = prompts.judge_prompt(style.prompt, prompt, prompts.answer(why, action), rate)
-    return Example(question, _verdict(thought, command, action, shorter), "judgment")
+    return Example(question, _judged(thought, command, action, value), "judgment")
 
 
-def _verdict(thought: str, command: str, action: str, good: bool) -> str:
+def _judged(thought: str, command: str, action: str, value: int) -> str:
     """The judgment that the cold start teaches: what the expert thinks, the verdict, its command, a rule."""
     better = command if command != action else ""
-    return prompts.judgment(thought, int(good), better, _ADVICE.get(command.split()[0], "look closer."))
+    return prompts.judgment(thought, value, better, _ADVICE.get(command.split()[0], "look closer."))
 
 
 _ADVICE = {
@@ -164,32 +164,52 @@ _ADVICE = {
 def random_examples(tasks: Iterable[Task], style: Style, rng: random.Random) -> Iterable[Example]:
     """Random play: the language of the game and the habit of copying commands, without any skill at the tasks.
 
-    Most turns carry an order in place of the task (`take mug`), which one listed command obeys: that can only be read
-    off the prompt, all the more as names are swapped at random, so that no habit helps.
+    Most turns carry an order in place of the task (`take mug`). One listed command obeys it, or none does and another
+    place is visited: that can only be read off the prompt, all the more as names are swapped at random, so that no
+    habit helps. What is played is at times not what was ordered, so that answers like "Nothing happens." come up, too.
     """
     for task in tasks:
         game = Game(task.path)
         seen = game.reset()
         description, text = split_intro(seen.text)
+        elsewhere = {type_of(o) for things in game.contents().values() for o in things}
         pairs: list[tuple[str, str]] = []
         for taken in range(rng.randint(4, style.max_turns)):
             history = pairs[-style.history :] if style.history else []
-            useful = [c for c in seen.admissible if c not in ("help", "look", "inventory")]
-            acts = [c for c in useful if not c.startswith(("go to", "examine"))]
-            action = rng.choice(acts if acts and rng.random() < 0.6 else useful)
-            told, thought = description, f"try {action}."
-            if rng.random() < 0.8:
-                told = re.sub(r" \d+", "", action) + "."
-                action = next(c for c in seen.admissible if re.sub(r" \d+", "", c) + "." == told)
-                thought = f"told to {told} do {action}."
+            told, thought, action = _lesson(description, seen.admissible, elsewhere - set(_NAME.findall(text)), rng)
             listed = style.listed(seen.admissible, action, rng)
             prompt = prompts.turn_prompt(style.prompt, told, taken, history, text, listed)
             yield swap_names(Example(prompt, prompts.answer(thought, action), "random"), rng)
-            pairs.append((text, action))
-            seen = game.step(action)
+            played = deviation(seen.admissible, pairs[-1][1] if pairs else None, rng) if rng.random() < 0.2 else action
+            pairs.append((text, played))
+            seen = game.step(played)
             text = seen.text
             if seen.done:
                 break
+
+
+def _lesson(description: str, admissible: Sequence[str], elsewhere: set[str], rng: random.Random) -> tuple[str, str, str]:
+    """(what stands in the task's place, thought, command) of one turn of random play; `elsewhere` are kinds of things not in sight."""
+    useful = [c for c in admissible if c not in ("help", "look", "inventory")]
+    acts = [c for c in useful if not c.startswith(("go to", "examine"))]
+    ways = [c for c in useful if c.startswith("go to")]
+    draw = rng.random()
+    if draw < 0.15:
+        action = rng.choice(useful)
+        return description, f"try {action}.", action
+    absent = sorted(elsewhere - {type_of(c[5:].split(" from ")[0]) for c in acts if c.startswith("take ")})
+    if draw < 0.35 and ways and absent:
+        thing, action = rng.choice(absent), rng.choice(ways)
+        return f"take {thing}.", f"no {thing} here. look in {action[6:]}.", action
+    action = rng.choice(acts if acts and rng.random() < 0.6 else useful)
+    told = _kinds_only(action)
+    action = next(c for c in admissible if _kinds_only(c) == told)
+    return told, f"told to {told} do {action}.", action
+
+
+def _kinds_only(command: str) -> str:
+    """`take mug 2 from shelf 1` -> `take mug from shelf.`"""
+    return re.sub(r" \d+", "", command) + "."
 
 
 _NAME = re.compile(r"(?<![A-Za-z])[a-z]+(?= \d)")
@@ -223,15 +243,10 @@ def adapter(config: Config, folder: Path) -> None:
     cfg, dice = config.coldstart, random.Random(config.seed)
     with closing(envs.make(config)) as pool:
         tasks = pool.tasks("train")
-    style = _style(config)
-    prior = make_prior(tasks, 500, dice)
-    chosen = [dice.choice(tasks) for _ in range(cfg.trajectories)]
-    examples = list(expert_examples(chosen, prior, style, dice, deviate=cfg.deviate))
-    judged = (e for e in expert_examples(laps(tasks, dice), prior, style, dice, deviate=0.3, judge=0.3) if e.kind == "judgment")
-    examples += islice(judged, cfg.judgments)
+    examples = _expert_lessons(config, tasks, make_prior(tasks, 500, dice), dice)
     policy = Policy(config)
     rows = [encode(policy.tokenizer, e) for e in examples]
-    print(f"cold start: {len(chosen)} expert episodes, {cfg.judgments} judgments, {sum(len(r) for r, _ in rows)} tokens, {cfg.epochs} epochs")
+    print(f"cold start: {cfg.trajectories} expert episodes, {cfg.judgments} judgments, {sum(len(r) for r, _ in rows)} tokens, {cfg.epochs} epochs")
     fit(
         policy.model, [rows] * cfg.epochs, lr=cfg.lr, batch_tokens=cfg.batch_tokens, prompt_weight=0.0, warmup=20,
         pad=policy.tokenizer.pad_token_id, seed=config.seed, report=_report,
@@ -242,31 +257,27 @@ def adapter(config: Config, folder: Path) -> None:
 
 
 def from_scratch(config: Config, folder: Path) -> None:
-    """Build nano: tokenizer, base training and expert play in one schedule, then rounds in which it plays itself and is
-    told what the expert would have done and what its own turns were worth. Writes folder/model."""
+    """Build nano: base training on random play (folder/base; `coldstart.start` goes on from one), then a cold start on
+    a few expert episodes and judgments (folder/model)."""
     cfg, dice, started = config.coldstart, random.Random(config.seed), time.perf_counter()
-    config.env.data = str(generated_root(cfg.games, cfg.games_seed))
-    tasks = find_games(Path(config.env.data), "train", IN_DOMAIN)
+    root = generated_root(cfg.games, cfg.games_seed)
+    tasks, style = find_games(root, "train", IN_DOMAIN), _style(config)
     prior = make_prior(tasks, 500, dice)
-    target = folder / "model"
+    examples = _expert_lessons(config, tasks, prior, dice)
     if cfg.start:
         tokenizer = load_tokenizer(resolve(cfg.start))
         model = AutoModelForCausalLM.from_pretrained(resolve(cfg.start), dtype=torch.float32)
     else:
-        tokenizer, model = _first_model(config, tasks, prior, dice)
-    config.model.name = str(target)
-    rng = torch.Generator().manual_seed(config.seed)
-    for turn in range(cfg.rounds):
-        model.save_pretrained(target)
-        tokenizer.save_pretrained(target)
-        chosen = dice.sample(tasks, cfg.round_games)
-        with closing(envs.make(config)) as pool:
-            episodes = play(Policy(config), pool, chosen, config, rng, 1.0)
-        print(f"round {turn + 1}: it wins {sum(e.won for e in episodes)} of {len(episodes)} training games", flush=True)
-        own = list(corrections(episodes, prior, _style(config), dice))
-        source = expert_examples(laps(tasks, dice), prior, _style(config), dice, deviate=cfg.deviate, judge=cfg.judge_share)
-        examples = own + list(islice(source, len(own) // 2))
-        _train(config, model, tokenizer, [examples], cfg.scratch_lr / 2)
+        every = find_games(root, "train", [*IN_DOMAIN, *OUT_OF_DOMAIN])
+        short = list(islice(random_examples(laps(every, dice), _style(config, SHORT_LIST), dice), cfg.short_turns))
+        full = list(islice(random_examples(laps(every, dice), style, dice), cfg.base_turns))
+        tokenizer = build_tokenizer(e.prompt + e.response for e in [*short[:4000], *full[:4000], *examples[:4000]])
+        model = build_model(tokenizer, config.seed)
+        _train(config, model, tokenizer, [short, full], 1.0)
+        model.save_pretrained(folder / "base")
+        tokenizer.save_pretrained(folder / "base")
+    _train(config, model, tokenizer, [examples] * cfg.epochs, cfg.cold_rate)
+    target = folder / "model"
     model.half().save_pretrained(target)
     tokenizer.save_pretrained(target)
     made = {
@@ -280,36 +291,21 @@ def from_scratch(config: Config, folder: Path) -> None:
     print(f"model: {target}")
 
 
-def _first_model(config: Config, tasks: Sequence[Task], prior: Prior, dice: random.Random):
-    """(tokenizer, model) after base training and expert play."""
-    cfg = config.coldstart
-    everything = find_games(Path(config.env.data), "train", [*IN_DOMAIN, *OUT_OF_DOMAIN])
-    plain, short = _style(config), _style(config, SHORT_LIST)
-
-    def expert(style: Style, count: int) -> list[Example]:
-        source = expert_examples(laps(tasks, dice), prior, style, dice, deviate=cfg.deviate, judge=cfg.judge_share)
-        return list(islice(source, count))
-
-    half = cfg.base_turns // 2
-    phases = [
-        list(islice(random_examples(laps(everything, dice), short, dice), half)),
-        list(islice(random_examples(laps(everything, dice), plain, dice), half)),
-        expert(short, cfg.short_turns),
-        expert(plain, cfg.full_turns),
-    ]
-    sample = [e for phase in phases for e in dice.sample(phase, min(len(phase), 4000))]
-    tokenizer = build_tokenizer(e.prompt + e.response for e in sample)
-    model = build_model(tokenizer, config.seed)
-    _train(config, model, tokenizer, phases, cfg.scratch_lr)
-    return tokenizer, model
+def _expert_lessons(config: Config, tasks: Sequence[Task], prior: Prior, dice: random.Random) -> list[Example]:
+    """The cold start's examples: `trajectories` expert episodes, and judgments from other games."""
+    cfg, style = config.coldstart, _style(config)
+    chosen = [dice.choice(tasks) for _ in range(cfg.trajectories)]
+    examples = list(expert_examples(chosen, prior, style, dice, deviate=cfg.deviate))
+    judged = (e for e in expert_examples(laps(tasks, dice), prior, style, dice, deviate=0.3, judge=0.3) if e.kind == "judgment")
+    return examples + list(islice(judged, cfg.judgments))
 
 
-def _train(config: Config, model: nn.Module, tokenizer, phases: Sequence[Sequence[Example]], lr: float) -> None:
+def _train(config: Config, model: nn.Module, tokenizer, phases: Sequence[Sequence[Example]], rate: float) -> None:
     rows = [[encode(tokenizer, e) for e in phase] for phase in phases if phase]
     print(f"nano: {sum(len(phase) for phase in rows):,} examples, {sum(len(r) for phase in rows for r, _ in phase):,} tokens", flush=True)
     fit(
-        model, rows, lr=lr, batch_tokens=config.coldstart.batch_tokens, prompt_weight=0.2, warmup=50,
-        pad=tokenizer.pad_token_id, seed=config.seed, report=_report,
+        model, rows, lr=config.coldstart.scratch_lr * rate, batch_tokens=config.coldstart.batch_tokens, prompt_weight=0.2, warmup=50,
+        pad=tokenizer.pad_token_id, seed=config.seed, muon=config.coldstart.muon_lr * rate, report=_report,
     )  # fmt: skip
 
 
@@ -317,21 +313,6 @@ def _style(config: Config, commands: int | None = None) -> Style:
     """How the run's own prompts look."""
     window = config.env.history_length
     return Style(config.model.prompt, config.env.max_turns if window == "full" else window, config.env.max_turns, commands)
-
-
-def corrections(episodes: Iterable[Episode], prior: Prior, style: Style, rng: random.Random) -> Iterable[Example]:
-    """What the expert would have done at every turn of played episodes (Ross et al. 2011, DAgger), and what the oracle
-    says of a fifth of the turns: mistakes teach most where the student really makes them."""
-    for episode in episodes:
-        expert = Expert(episode.description, prior, style.history)
-        for turn in episode.turns:
-            thought, command = expert.act(turn.observation, turn.admissible)
-            yield Example(turn.bare_prompt, prompts.answer(thought, command), "expert")
-            better = turn.plan_before is not None and turn.plan_after is not None and turn.plan_after < turn.plan_before
-            if rng.random() < 0.2 and (better or not turn.revealed):
-                question = prompts.judge_prompt(style.prompt, turn.bare_prompt, turn.response, rng.randint(1, 9) / 10)
-                yield Example(question, _verdict(thought, command, turn.action, better), "judgment")
-            expert.remember(turn.observation, turn.action)
 
 
 def laps(tasks: Sequence[Task], dice: random.Random) -> Iterable[Task]:
@@ -365,9 +346,13 @@ def fit(
     pad: int,
     seed: int,
     floor: float = 0.05,
+    muon: float | None = None,
     report: Callable[[int, int, float, float], None] | None = None,
 ) -> None:
-    """Supervised training on (ids, start of the response) rows: AdamW, cosine to `floor` of `lr`.
+    """Supervised training on (ids, start of the response) rows; warm-up, then cosine to `floor` of the learning rates.
+
+    AdamW at `lr`; with `muon`, the matrices inside the layers are trained by Muon (Jordan et al. 2024) at that rate,
+    which brings a small model to copying in a fraction of the tokens (LOG.md).
 
     Phases follow one another under one schedule; inside a phase the order is random, in batches of like lengths.
     The loss is the mean over response tokens plus `prompt_weight` times the mean over prompt tokens.
@@ -376,13 +361,13 @@ def fit(
     device = next(model.parameters()).device
     batches = [[rows[k] for k in batch] for rows in phases for batch in _batches(rows, batch_tokens, dice)]
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
+    optimizers = _optimizers(model, lr, muon)
     total = len(batches)
 
     def rate(step: int) -> float:
         return min((step + 1) / warmup, floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / total)))
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, rate) for o in optimizers]
     model.train()
     start, tokens = time.perf_counter(), 0
     for step, batch in enumerate(batches):
@@ -403,15 +388,28 @@ def fit(
         is_response = response[wanted]
         loss = losses[is_response].mean()
         trained = loss + prompt_weight * losses[~is_response].mean() if prompt_weight else loss
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         trained.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        for optimizer, schedule in zip(optimizers, schedules):
+            optimizer.step()
+            schedule.step()
         tokens += int(inside.sum())
         if report and (step % 50 == 0 or step == total - 1):
             report(step, total, loss.item(), tokens / (time.perf_counter() - start))
     model.eval()
+
+
+def _optimizers(model: nn.Module, lr: float, muon: float | None) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or for all but the matrices inside the layers, which Muon takes."""
+    inner, rest = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (inner if muon and p.ndim == 2 and ".layers." in name else rest).append(p)
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=lr, weight_decay=0.01, betas=(0.9, 0.98))]
+    if inner:
+        optimizers.append(torch.optim.Muon(inner, lr=muon, weight_decay=0.01, momentum=0.95))
+    return optimizers
 
 
 def _batches(rows: Sequence[tuple[list[int], int]], batch_tokens: int, dice: random.Random) -> list[list[int]]:

@@ -38,7 +38,7 @@ class Env(Section):
     generated_seed: NonNegative = Field(1, description="seed of the generated games")
     max_turns: Positive = Field(30, description="turns an episode may take; our counter decides, not the engine's")
     history_length: NonNegative | Literal["full"] = Field(2, description="earlier (observation, action) pairs in the prompt")
-    workers: NonNegative = Field(0, description="worker processes of the genuine engine; 0: one an episode, up to twice the cores")
+    workers: NonNegative = Field(0, description="calls of the genuine engine at the same time (it has a process an episode, about 100 MB each); 0: twice the cores")
     timeout: Annotated[float, Field(gt=0)] = Field(60.0, description="seconds before a call of a slow engine counts as hung")
 
 
@@ -134,14 +134,12 @@ class Coldstart(Section):
     from_scratch: bool = Field(False, description="build and train a whole nano model instead of an adapter")
     games: Positive = Field(5000, description="from scratch: games to generate for it")
     games_seed: NonNegative = Field(7, description="from scratch: their seed; not that of the games a run plays")
-    base_turns: NonNegative = Field(24000, description="from scratch: turns of random play on all six task types")
-    short_turns: NonNegative = Field(8000, description="from scratch: expert turns and judgments whose command lists are cut to a few entries")
-    full_turns: NonNegative = Field(24000, description="from scratch: expert turns and judgments as the agent will see them")
-    judge_share: Share = Field(0.2, description="from scratch: chance that a turn also becomes a judgment example")
-    rounds: NonNegative = Field(3, description="from scratch: times the model plays and learns what the expert would have done (DAgger)")
-    round_games: Positive = Field(256, description="from scratch: games it plays in each round")
-    start: str | None = Field(None, description="from scratch: a model folder to go on with; only the rounds follow")
-    scratch_lr: Annotated[float, Field(gt=0)] = Field(2e-3, description="from scratch: learning rate of all parameters")
+    short_turns: NonNegative = Field(20000, description="from scratch: turns of random play whose command lists are cut to a few entries")
+    base_turns: Positive = Field(110000, description="from scratch: turns of random play on all six task types")
+    start: str | None = Field(None, description="from scratch: a base model to go on from; only the expert episodes and judgments follow")
+    scratch_lr: Annotated[float, Field(gt=0)] = Field(2e-3, description="from scratch: AdamW's learning rate, for embeddings and norms")
+    muon_lr: Annotated[float, Field(gt=0)] = Field(0.02, description="from scratch: Muon's learning rate, for the layers' matrices")
+    cold_rate: Annotated[float, Field(gt=0)] = Field(0.3, description="from scratch: factor on both learning rates after base training")
 
 
 class Config(Section):

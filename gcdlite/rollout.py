@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -35,8 +35,10 @@ def play(
     rng: torch.Generator,
     temperature: float,
     suggestions: str = "",
+    on_turn: Callable[[Episode], None] = lambda episode: None,
 ) -> list[Episode]:
     """One episode a task, in their order, all side by side. A task that stands in the list twice is played twice.
+    `on_turn` is told of an episode after each of its turns.
 
     An environment that fails ends its own episode, which keeps the cause in `error` and earns nothing.
     """
@@ -62,6 +64,7 @@ def play(
             turn.result, turn.plan_after, turn.revealed = after.text, after.plan, after.revealed
             episode.won, episode.score, episode.error = after.won, after.score, after.error
             observations[i] = None if len(episode.turns) >= config.env.max_turns else after
+            on_turn(episode)
     for episode in episodes:
         episode.reward = config.reward.success if episode.won else 0.0
     return episodes

@@ -31,15 +31,17 @@ def oracle(episode: Episode, uninformative: Sequence[str] = ()) -> Labels:
     revealed nothing new. A turn that reveals something without shortening the plan is left alone: an agent that has
     not seen the apple cannot know which drawer to open. As a training label this is an upper bound, not GCD.
     """
-    labels = {}
-    for i, turn in enumerate(episode.turns):
-        if turn.plan_before is None:
-            continue  # the engine does not know: no plan was left before the turn
-        if turn.plan_after is not None and turn.plan_after < turn.plan_before:
-            labels[i] = 1
-        elif not turn.revealed:
-            labels[i] = 0
-    return labels
+    verdicts = ((i, verdict(t.plan_before, t.plan_after, t.revealed)) for i, t in enumerate(episode.turns))
+    return {i: value for i, value in verdicts if value is not None}
+
+
+def verdict(before: int | None, after: int | None, revealed: bool) -> int | None:
+    """The oracle's label of one turn from the shortest plans before and after it; None when it has no opinion."""
+    if before is None:
+        return None  # no plan was left before the turn, so none could be lost
+    if after is not None and after < before:
+        return 1
+    return None if revealed else 0
 
 
 LABELLERS: dict[str, Callable[[Episode, Sequence[str]], Labels]] = {"rules": rules, "oracle": oracle}

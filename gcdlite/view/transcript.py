@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -23,20 +23,19 @@ def thought(response: str) -> str:
     return " ".join(found[1].split()) if found else ""
 
 
-def turns(record: dict[str, Any]) -> Iterator[Text]:
-    """An episode of the run log (`runlog.episode_text`), one Text of several lines a turn."""
-    for number, turn in enumerate(record["turns"], 1):
-        text = Text()
-        text.append(f"{number:2d}  ", "dim").append(" ".join(turn["observation"].split()))
-        if why := thought(turn["response"]):
-            text.append("\n    thinks  ", "dim").append(why, "italic")
-        if "<action>" not in turn["response"]:  # what it did instead of giving a command
-            text.append("\n    writes  ", "dim").append(" ".join(turn["response"].split())[:200] or "(nothing)", "red")
-        text.append("\n    does    ", "dim").append(turn["action"], "bold" if turn["admissible"] else "bold red")
-        if not turn["admissible"]:
-            text.append("   (not admissible)", "red")
-        text.append("\n    result  ", "dim").append(" ".join(turn["result"].split()), "" if turn["admissible"] else "red")
-        yield text
+def turn_text(number: int, turn: dict[str, Any]) -> Text:
+    """A turn of the run log (`runlog.episode_text`) on several lines."""
+    text = Text()
+    text.append(f"{number:2d}  ", "dim").append(" ".join(turn["observation"].split()))
+    if why := thought(turn["response"]):
+        text.append("\n    thinks  ", "dim").append(why, "italic")
+    if "<action>" not in turn["response"]:  # what it did instead of giving a command
+        text.append("\n    writes  ", "dim").append(" ".join(turn["response"].split())[:200] or "(nothing)", "red")
+    text.append("\n    does    ", "dim").append(turn["action"], "bold" if turn["admissible"] else "bold red")
+    if not turn["admissible"]:
+        text.append("   (not admissible)", "red")
+    text.append("\n    result  ", "dim").append(" ".join(turn["result"].split()), "" if turn["admissible"] else "red")
+    return text
 
 
 def outcome(record: dict[str, Any]) -> Text:
@@ -47,15 +46,24 @@ def outcome(record: dict[str, Any]) -> Text:
     return Text(f"won after {count}", "bold green") if record["won"] else Text(f"not won in {count}", "bold yellow")
 
 
-def show(episode: Episode, console: Console | None = None, pause: Callable[[float], None] = time.sleep) -> None:
-    """Print an episode: at a reading pace on a terminal, at once elsewhere."""
-    console = console or Console(soft_wrap=True, highlight=False)
-    record = episode_text(episode)
-    console.print(Text("task: ", "dim") + Text(record["description"], "bold"))
-    for text in turns(record):
-        console.print()
-        console.print(text, soft_wrap=not console.is_terminal)
-        if console.is_terminal:
-            pause(PAUSE)
-    console.print()
-    console.print(outcome(record))
+class Follower:
+    """Prints an episode while it is played: at a reading pace on a terminal, at once elsewhere."""
+
+    def __init__(self, console: Console | None = None, pause: Callable[[float], None] = time.sleep):
+        self.console = console or Console(soft_wrap=True, highlight=False)
+        self.pause = pause
+
+    def turn(self, episode: Episode) -> None:
+        """The newest turn; before the first one, the task."""
+        record = episode_text(episode)
+        if len(record["turns"]) == 1:
+            self.console.print(Text("task: ", "dim") + Text(record["description"], "bold"))
+        self.console.print()
+        self.console.print(turn_text(len(record["turns"]), record["turns"][-1]), soft_wrap=not self.console.is_terminal)
+        if self.console.is_terminal:
+            self.pause(PAUSE)
+
+    def end(self, episode: Episode) -> None:
+        """How it ended."""
+        self.console.print()
+        self.console.print(outcome(episode_text(episode)))
