@@ -23,6 +23,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from gcdlite import envs, prompts
+from gcdlite.backbone import plain
 from gcdlite.config import Config
 from gcdlite.envs import closing
 from gcdlite.envs.alfworld import generated_root, split_intro
@@ -362,6 +363,7 @@ def fit(
     batches = [[rows[k] for k in batch] for rows in phases for batch in _batches(rows, batch_tokens, dice)]
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizers = _optimizers(model, lr, muon)
+    causal = plain(model)
     total = len(batches)
 
     def rate(step: int) -> float:
@@ -381,9 +383,9 @@ def fit(
             response[r, begin - 1 : len(row) - 1] = True
         ids, inside, response = ids.to(device), inside.to(device), response.to(device)
         # Right padding under a causal mask: no real token sees a pad, so no attention mask is needed.
-        hidden = model.base_model(input_ids=ids[:, :-1]).last_hidden_state  # (B, T - 1, h)
+        hidden = causal.base_model(input_ids=ids[:, :-1]).last_hidden_state  # (B, T - 1, h)
         wanted = inside if prompt_weight else response
-        logits = model.get_output_embeddings()(hidden[wanted]).float()  # (n, V)
+        logits = causal.get_output_embeddings()(hidden[wanted]).float()  # (n, V)
         losses = nn.functional.cross_entropy(logits, ids[:, 1:][wanted], reduction="none")
         is_response = response[wanted]
         loss = losses[is_response].mean()

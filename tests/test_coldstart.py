@@ -1,0 +1,146 @@
+"""Cold start: what the examples teach, what training on them changes, and what the two commands leave behind."""
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from gcdlite import coldstart
+from gcdlite.coldstart import Example, Style, encode, fit, random_examples, swap_names
+from gcdlite.envs.alfworld.engine import Game
+from gcdlite.envs.alfworld.games import level_tasks
+from gcdlite.policy import load_tokenizer
+from gcdlite.prompts import parse_response
+
+
+@pytest.fixture(scope="module")
+def lessons(games_root):
+    return list(random_examples(level_tasks(games_root, "train", "single")[:15], Style(), random.Random(0)))
+
+
+def shown(prompt: str) -> tuple[str, list[str]]:
+    """(what stands in the task's place, the listed commands)."""
+    return re.search(r"^Task: (.*)$", prompt, re.M)[1], prompt.rsplit("\nCan:\n", 1)[1].split("\n")
+
+
+def test_every_order_can_be_read_off_the_prompt(lessons):
+    kinds = {"obeyed": 0, "absent": 0, "free": 0}
+    for lesson in lessons:
+        told, listed = shown(lesson.prompt)
+        action, malformed = parse_response(lesson.response)
+        assert not malformed and action in listed
+        if lesson.response.startswith("<think>told to"):
+            kinds["obeyed"] += 1
+            assert re.sub(r" \d+", "", action) + "." == told
+        elif lesson.response.startswith("<think>no "):
+            kinds["absent"] += 1
+            thing = told.removeprefix("take ").rstrip(".")
+            assert not any(c.startswith(f"take {thing} ") for c in listed)
+            assert f" {thing} " not in re.search(r"^Now: (.*)$", lesson.prompt, re.M)[1]
+            assert action.startswith("go to ")
+        else:
+            kinds["free"] += 1
+    assert min(kinds.values()) > len(lessons) / 20, kinds
+
+
+def test_swapped_names_stay_one_room(lessons):
+    """Exchanging names must not lose the answer: what is said in the response stands in the prompt."""
+    for lesson in lessons[:100]:
+        swapped = swap_names(lesson, random.Random(1))
+        assert len(swapped.prompt.split()) == len(lesson.prompt.split())
+        assert parse_response(swapped.response)[0] in shown(swapped.prompt)[1]
+    assert any(swap_names(e, random.Random(1)) != e for e in lessons[:10])
+
+
+def test_without_prompt_weight_only_responses_are_learned(small_model):
+    """Same responses after two prompts: training on them must not teach the prompts."""
+    tokenizer = load_tokenizer(small_model)
+    rows = [encode(tokenizer, Example(p, "<think>look</think><action>look</action>", "expert")) for p in ("go to shelf 1", "open drawer 2")]
+
+    def losses(model) -> tuple[float, float]:
+        """(mean over prompt tokens, mean over response tokens)"""
+        parts = {False: [], True: []}
+        for ids, begin in rows:
+            ids = torch.tensor([ids])
+            each = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
+            for place, value in enumerate(each.tolist(), 1):
+                parts[place >= begin].append(value)
+        return tuple(sum(p) / len(p) for p in (parts[False], parts[True]))
+
+    after = {}
+    for weight in (0.0, 1.0):
+        model = AutoModelForCausalLM.from_pretrained(small_model)
+        before = losses(model)
+        fit(model, [rows] * 30, lr=1e-2, batch_tokens=200, prompt_weight=weight, warmup=2, pad=tokenizer.pad_token_id, seed=0)
+        after[weight] = losses(model)
+    assert after[0.0][1] < 0.5 * before[1] and after[1.0][1] < 0.5 * before[1]
+    assert after[1.0][0] < 0.5 * before[0] < after[0.0][0]
+
+
+def test_muon_takes_the_matrices_inside_the_layers(small_model):
+    model = AutoModelForCausalLM.from_pretrained(small_model)
+    adamw, muon = coldstart._optimizers(model, 1e-3, 0.02)
+    names = {id(p): name for name, p in model.named_parameters()}
+    taken = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    assert taken and all(".layers." in name and name.endswith(("proj.weight",)) for name in taken)
+    assert {names[id(p)] for group in adamw.param_groups for p in group["params"]} == set(names.values()) - taken
+    assert len(coldstart._optimizers(model, 1e-3, None)) == 1
+
+
+def test_nano_is_made_from_nothing(small_config, games_root, tmp_path, monkeypatch):
+    monkeypatch.setattr(coldstart, "generated_root", lambda n, seed: games_root)
+    cfg = small_config.coldstart
+    cfg.from_scratch, cfg.short_turns, cfg.base_turns, cfg.trajectories, cfg.judgments, cfg.epochs = True, 30, 60, 3, 5, 1
+    coldstart.main(small_config, tmp_path / "a")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "model")
+    made = json.loads((tmp_path / "a" / "model" / "made.json").read_text())
+    assert made["parameters"] == sum(p.numel() for p in model.parameters()) and made["seed"] == small_config.seed
+    assert model.dtype == torch.float16 or next(model.parameters()).dtype == torch.float16
+
+    # The cold start alone, from the same base, ends at the same weights: it is the same second half.
+    cfg.start = str(tmp_path / "a" / "base")
+    coldstart.main(small_config, tmp_path / "b")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "b" / "model")
+    for (name, p), q in zip(model.named_parameters(), again.parameters()):
+        assert torch.equal(p, q), name
+
+
+def test_an_adapter_learns_to_speak_in_the_right_form(small_config, small_model, tmp_path):
+    cfg = small_config.coldstart
+    cfg.trajectories, cfg.judgments, cfg.epochs, cfg.lr, cfg.batch_tokens = 3, 4, 6, 1e-2, 600
+    coldstart.main(small_config, tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(small_model)
+    tokenizer = load_tokenizer(small_model)
+    tasks = level_tasks(Path(small_config.env.data), "L0", "single")[:3]
+    prior = coldstart.make_prior(tasks, 3, random.Random(0))
+    rows = [encode(tokenizer, e) for e in coldstart.expert_examples(tasks, prior, Style(max_turns=4), random.Random(1))]
+
+    def loss(model) -> float:
+        total = []
+        for ids, begin in rows:
+            ids = torch.tensor([ids])
+            total += torch.nn.functional.cross_entropy(model(ids).logits[0, begin - 1 : -1], ids[0, begin:], reduction="none").tolist()
+        return sum(total) / len(total)
+
+    with torch.no_grad():
+        before = loss(base)
+        after = loss(PeftModel.from_pretrained(base, tmp_path / "adapter"))
+    assert after < 0.8 * before
+
+
+def test_kinds_only():
+    assert coldstart._kinds_only("move mug 12 to shelf 1") == "move mug to shelf."
+
+
+def test_no_game_is_won_by_orders_alone(games_root):
+    """The lessons name no task type: an order repeats one command, it never says what the task needs next."""
+    task = level_tasks(games_root, "train", "single")[0]
+    sentence = Game(task.path).task
+    for lesson in random_examples([task] * 3, Style(), random.Random(2)):
+        told, _ = shown(lesson.prompt)
+        assert told != sentence or lesson.response.startswith("<think>try ")
