@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -115,17 +114,16 @@ def generated_root(n: int, seed: int) -> Path:
     stamp = hashlib.sha256(source).hexdigest()[:8]  # another generator makes other games
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gcdlite"
     root = cache / f"alfworld-generated-n{n}-s{seed}-{stamp}"
-    if (root / "done.json").is_file():
+    if root.is_dir():  # moved here in one piece, once it was complete
         return root
     print(f"generating {n} ALFWorld games (seed {seed}) into {root}", flush=True)
     cache.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=cache, prefix="generating-"))
     try:
-        summary = generate.generate_games(scratch, n, seed)
-        (scratch / "done.json").write_text(json.dumps(summary, indent=1))
+        generate.generate_games(scratch, n, seed)
         os.replace(scratch, root)
     except OSError as error:
-        if not (root / "done.json").is_file():  # another process may have been quicker
+        if not root.is_dir():  # another process may have been quicker
             raise UserError(f"cannot write the generated games to {root}: {error.strerror}; set XDG_CACHE_HOME to a folder with space") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
