@@ -59,6 +59,7 @@ def train(config: Config, folder: Path, listeners: Sequence[Listener] = (), resu
 
             with clock("update"):
                 metrics |= update(policy, samples, optimizer, schedule, config, state.dice)
+            metrics |= {"rollout/rows": policy.rows, "update/token_budget": policy.token_budget}
 
             state.iteration = iteration + 1
             state.seconds += clock.total
