@@ -23,7 +23,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -354,20 +354,81 @@ def report(config: Config, cards: Sequence[float]) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]):
-    """A report as a table: two lines a card, in GiB."""
+    """A report as a rich table of GiB: a column for each phase on each card, narrow enough for a plain terminal."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    columns = ("weights", "constants", "adapters", "optimizer", "kv_cache", "activations", "logits", "total")
     shown = Table(
-        title=f"{found['model']}: GiB, computed; prompts of {found['prompt_tokens']}, answers of {found['new_tokens']} tokens",
-        caption="total: activations that are recomputed or passing, and logits, are not there together; the larger counts",
+        title=f"{found['model']}, GiB, computed for prompts of {found['prompt_tokens']} and answers of {found['new_tokens']} tokens",
+        caption="total: logits and activations that are passing are not there together; the larger counts",
+        box=SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
     )
-    for name in ("card", "at most", *(c.replace("_", " ") for c in columns)):
-        shown.add_column(name, justify="right")
-    for card in found["cards"]:
-        limits = {"generation": ("rows", card["rows"]), "training": ("tokens", card["token_budget"])}
-        for phase, (unit, most) in limits.items():
-            numbers = [f"{card[phase][c] / GIB:.2f}" for c in columns]
-            name = f"{card['memory_gib']:g} GiB" if phase == "generation" else ""
-            shown.add_row(name, f"{most} {unit}" if most else f"no {phase}", *numbers, end_section=phase == "training")
+    shown.add_column("")
+    phases = [(card, phase) for card in found["cards"] for phase in ("generation", "training")]
+    for card, phase in phases:
+        shown.add_column(f"{card['memory_gib']:.3g} GiB\nsample" if phase == "generation" else "\ntrain", justify="right")
+    for limit, where in (("rows", "generation"), ("token_budget", "training")):
+        shown.add_row({"token_budget": "tokens"}.get(limit, limit), *("" if phase != where else str(card[limit] or "no fit") for card, phase in phases))
+    for part in fields(Bytes):
+        shown.add_row(part.name.replace("_", " "), *(f"{card[phase][part.name] / GIB:.2f}" for card, phase in phases))
     return shown
+
+
+# --- how long a run would take
+
+
+def calibrate(config: Config, say: Callable[[str], None] = print) -> dict[str, float]:
+    """Time a little of the configured run on this machine, about a minute on a GPU, and estimate hours; also returned.
+
+    All episodes of an iteration play one turn, and three where that took less than 10 seconds; in the same way 32 of their
+    turns are trained on, and 256. An upper bound: every episode is taken to last `env.max_turns`, with all turns trained on.
+    """
+    with envs.closing(envs.make(config)) as pool:
+        counts = {level: len(pool.tasks(level)) for level in config.eval.levels}
+        tasks = pool.tasks("train")[: config.rollout.groups]
+        episodes = [t for t in tasks for _ in range(config.rollout.group_size)]
+        policy = Policy(config)
+        fit(policy, say=say)
+        rng, short = torch.Generator().manual_seed(config.seed), config.model_copy(deep=True)
+        short.rollout.max_new_tokens = short.env.max_turns = 1
+        play(policy, pool, episodes[:1], short, rng, 1.0)  # the first call of a kernel takes longer
+        short.rollout.max_new_tokens = config.rollout.max_new_tokens
+        for turns in (1, 3):
+            short.env.max_turns = min(turns, config.env.max_turns)
+            start = time.perf_counter()
+            played = play(policy, pool, episodes, short, rng, config.rollout.temperature)
+            turn = (time.perf_counter() - start) / short.env.max_turns
+            if turn > 10:
+                break
+    turns = [(i, t) for i, episode in enumerate(played) for t in episode.turns]
+    samples = [Sample(t.prompt_ids, t.response_ids, [1.0] * len(t.response_ids), t.logprobs, unit=i) for i, t in turns]
+    optimizer, schedule = make_optimizer(policy, config)
+    once = config.model_copy(deep=True)
+    once.update.minibatches = once.update.epochs = 1
+    for few in (samples[:2], samples[:32], samples[:256]):  # the first ones warm up
+        start = time.perf_counter()
+        update(policy, few, optimizer, schedule, once, random.Random(config.seed))
+        sample = (time.perf_counter() - start) / len(few)
+        if sample * len(few) > 10:
+            break
+
+    judged = config.gcd.turns * config.gcd.group_size if config.gcd.enabled else 0
+    longer = config.gcd.max_new_tokens / config.rollout.max_new_tokens
+    evaluations = config.eval.before + 1 + ((config.steps - 1) // config.eval.every if config.eval.every else 0)
+    games = sum(min(n, config.eval.limit or n) for n in counts.values())
+    seconds = {
+        "rollout": turn * config.env.max_turns,
+        "judge": turn * judged / len(episodes) * longer,
+        "update": sample * config.update.epochs * (len(episodes) * config.env.max_turns + judged),
+        "evaluation": turn * config.env.max_turns * games / len(episodes),
+    }
+    iteration = seconds["rollout"] + seconds["judge"] + seconds["update"]
+    hours = (config.steps * iteration + evaluations * seconds["evaluation"]) / 3600
+    parts = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items() if value)
+    say(f"measured {turn:.2f} s a turn of {len(episodes)} episodes, {sample:.3f} s a trained turn")
+    say(f"at most: {parts}; {config.steps} iterations and {evaluations} evaluations take {hours:.1f} hours")
+    if policy.device.type == "cuda":
+        say(f"GPU memory at the peak: {torch.cuda.max_memory_reserved() / GIB:.1f} GiB")
+    return {"hours": hours, "iteration_seconds": iteration, **{f"{name}_seconds": value for name, value in seconds.items()}}
