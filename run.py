@@ -88,6 +88,13 @@ def add_watch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", type=int, default=0, metavar="N", help="which game of the level, from 0 (default: %(default)s)")
 
 
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    add_run_flags(parser)
+    parser.add_argument("--memory", type=float, metavar="GIB", help="a card's memory; default: this machine's GPU, else 8, 12, 16 and 24")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, in bytes, instead of a table")
+    parser.add_argument("--calibrate", action="store_true", help="time a minute of the run on this machine and print its hours")
+
+
 def add_games(parser: argparse.ArgumentParser) -> None:
     usual = Config().env
     parser.add_argument("--out", required=True, metavar="DIR", help="where json_2.1.1 is written")
@@ -217,6 +224,30 @@ def games(args: argparse.Namespace, faults: list[str]) -> int:
     return 0
 
 
+def plan(args: argparse.Namespace, faults: list[str]) -> int:
+    """Say how much memory the settings need and what fits on which card, or with --calibrate how long the run would take."""
+    if args.calibrate and (args.memory is not None or args.json):
+        faults = [*faults, "--calibrate measures on this machine: leave out --memory and --json"]
+    _, config, _ = chosen(args, faults)
+    prepare(config)
+
+    import torch
+    from rich.console import Console
+
+    from gcdlite import plan as room
+
+    if args.calibrate:
+        room.calibrate(config)
+        return 0
+    here = [torch.cuda.get_device_properties(0).total_memory / room.GIB] if torch.cuda.is_available() else room.CARDS
+    found = room.report(config, here if args.memory is None else [args.memory])
+    if args.json:
+        print(json.dumps(found))
+    else:
+        Console(highlight=False).print(room.table(found))
+    return 0
+
+
 def doctor(args: argparse.Namespace, faults: list[str]) -> int:
     """Say what works on this machine and what to install."""
     stop_on(faults)
@@ -231,6 +262,7 @@ COMMANDS = {
     "eval": (evaluate, add_eval, "evaluate a run's newest adapter"),
     "watch": (watch, add_watch, "play one game with a run's adapter, turn by turn"),
     "games": (games, add_games, "generate ALFWorld games"),
+    "plan": (plan, add_plan, "what fits on which card, and how long a run takes"),
     "doctor": (doctor, lambda parser: None, "what works on this machine, and what to install"),
 }
 

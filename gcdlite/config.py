@@ -64,7 +64,7 @@ class Rollout(Section):
     temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="sampling temperature in training")
     max_new_tokens: Positive = Field(256, description="longest response, in tokens")
     max_prompt_tokens: Positive = Field(4096, description="longest prompt, in tokens; a longer one loses its oldest history first")
-    rows: Positive = Field(64, description="sequences generated together")
+    rows: NonNegative = Field(64, description="sequences generated together; 0: as many as fit this GPU by `plan` (on a CPU 64)")
 
 
 class Reward(Section):
@@ -89,7 +89,7 @@ class Update(Section):
     grad_clip: Annotated[float, Field(gt=0)] = Field(1.0, description="largest gradient norm")
     weight_decay: Rate = Field(0.0, description="AdamW's weight decay")
     loss_agg: Literal["token", "turn", "constant"] = Field("token", description="denominator of the loss")
-    token_budget: Positive = Field(8192, description="packed tokens in one forward and backward pass")
+    token_budget: NonNegative = Field(8192, description="packed tokens in one forward and backward pass; 0: as many as fit this GPU by `plan` (on a CPU 8192)")
 
 
 class Gcd(Section):

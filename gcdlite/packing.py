@@ -20,6 +20,7 @@ from gcdlite.records import Sample, UserError
 
 Ids = tuple[int, ...]
 OVERHEAD = 256  # what starting another pack costs, in tokens
+CHUNK_LOGITS = 2**26  # computed together at the head
 
 
 @dataclass
@@ -288,7 +289,7 @@ def logprobs(
     """Log-probs of the pack's response tokens under log_softmax(logits / temperature), with a graph if grad is enabled.
 
     Only the positions before response tokens meet the vocabulary, `chunk` of them at a time; where there are several
-    chunks, their logits are computed again in the backward pass and never held together. The default chunk is 2^26
+    chunks, their logits are computed again in the backward pass and never held together. The default chunk is CHUNK_LOGITS
     logits.
 
     Raises UserError for a temperature that is not positive, for a model whose attention does not follow our masks or
@@ -312,7 +313,7 @@ def logprobs(
             return logprob, None
         return logprob, total - (logits.softmax(-1) * logits).sum(-1)
 
-    chunk = chunk or max(1, 2**26 // head.weight.shape[0])
+    chunk = chunk or max(1, CHUNK_LOGITS // head.weight.shape[0])
     if len(targets) <= chunk:
         parts = [score(states, targets)]
     else:

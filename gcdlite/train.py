@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gcdlite import advantages, checkpoint, envs
+from gcdlite import advantages, checkpoint, envs, plan
 from gcdlite.config import Config
 from gcdlite.envs import closing
 from gcdlite.envs.base import Pool
@@ -34,6 +34,7 @@ def train(config: Config, folder: Path, listeners: Sequence[Listener] = (), resu
     with closing(envs.make(config)) as pool:
         train_tasks = pool.tasks("train")
         policy = Policy(config, adapter=saved / "adapter" if saved else None)
+        plan.fit(policy)
         optimizer, schedule = make_optimizer(policy, config)
         state = checkpoint.restore(saved, optimizer, schedule) if saved else checkpoint.State.seeded(config.seed)
         log = RunLog.resume(folder, state.iteration, listeners) if resume else RunLog.create(folder, config, listeners)
@@ -59,6 +60,7 @@ def train(config: Config, folder: Path, listeners: Sequence[Listener] = (), resu
 
             with clock("update"):
                 metrics |= update(policy, samples, optimizer, schedule, config, state.dice)
+            metrics |= {"rollout/rows": policy.rows, "update/token_budget": policy.token_budget}
 
             state.iteration = iteration + 1
             state.seconds += clock.total

@@ -85,7 +85,28 @@ def minibatches(samples: Sequence[Sample], count: int, rng: random.Random) -> li
 
 
 def _step(policy, samples, batch, reference, optimizer, config: Config) -> dict[str, float]:
-    """One optimizer step over the samples `batch` points at."""
+    """One optimizer step over the samples `batch` points at. Only the gradients depend on the token budget, and nothing
+    is kept of a try that ran out of memory: the step is taken once, whatever it took to compute it."""
+    longest = max(len(samples[i].prompt_ids) + len(samples[i].response_ids) - 1 for i in batch)
+
+    def work() -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+        optimizer.zero_grad(set_to_none=True)
+        return _gradients(policy, samples, batch, reference, config)
+
+    sums, counts = policy.within_memory("token_budget", longest, work)
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.update.grad_clip)
+    finite = bool(torch.isfinite(norm))
+    if finite:
+        optimizer.step()
+    stats = {f"loss/{s}": sums[f"loss/{s}"].item() for s in counts}
+    if "policy" in counts and reference is not None:
+        stats["kl"] = sums["kl"].item() / counts["policy"]
+    stats["clip_share"] = sums["clip_share"].item() / sum(counts.values())
+    return stats | {"grad_norm": norm.item() if finite else float("nan"), "steps_skipped": float(not finite)}
+
+
+def _gradients(policy, samples, batch, reference, config: Config) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """Add the gradient of one step's loss to the parameters; (sums over tokens for the statistics, tokens a stream)."""
     cfg = config.update
     weights: dict[int, float] = {}  # sample -> weight of each of its tokens in the loss
     counts: dict[str, int] = {}
@@ -98,7 +119,6 @@ def _step(policy, samples, batch, reference, optimizer, config: Config) -> dict[
             counts[stream] = sum(lengths)
     device = policy.device
     sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=device))
-    optimizer.zero_grad(set_to_none=True)
     # Without KL a sample of zero advantage has no gradient; it counts in the denominator above, and that is all.
     active = [i for i in batch if reference is not None or any(samples[i].advantages)]
     for p in make_packs(policy, [samples[i] for i in active], config):
@@ -124,21 +144,13 @@ def _step(policy, samples, batch, reference, optimizer, config: Config) -> dict[
             sums["loss/policy"] += (weighted * (1 - is_judgment)).sum()
             sums["loss/judgment"] += (weighted * is_judgment).sum()
             sums["clip_share"] += ((new - old).exp() - 1).abs().gt(cfg.clip).sum()
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), cfg.grad_clip)
-    finite = bool(torch.isfinite(norm))
-    if finite:
-        optimizer.step()
-    stats = {f"loss/{s}": sums[f"loss/{s}"].item() for s in counts}
-    if "policy" in counts and reference is not None:
-        stats["kl"] = sums["kl"].item() / counts["policy"]
-    stats["clip_share"] = sums["clip_share"].item() / sum(counts.values())
-    return stats | {"grad_norm": norm.item() if finite else float("nan"), "steps_skipped": float(not finite)}
+    return sums, counts
 
 
 def make_packs(policy: Policy, samples: Sequence[Sample], config: Config):
     """The samples' packs for this model (a stem is impossible where layers are checkpointed)."""
     width = policy.model.config.get_text_config().hidden_size
-    return pack(samples, config.update.token_budget, width=width, stem=not config.model.checkpointing)
+    return pack(samples, policy.token_budget, width=width, stem=not config.model.checkpointing)
 
 
 def _reference_logprobs(policy: Policy, samples: Sequence[Sample], config: Config) -> list[list[float]]:
@@ -151,10 +163,15 @@ def _reference_logprobs(policy: Policy, samples: Sequence[Sample], config: Confi
 def _logprobs(policy: Policy, samples: Sequence[Sample], config: Config) -> list[list[float]]:
     """Log-probs of every response token as the model stands."""
     out: list[list[float]] = [[] for _ in samples]
-    for p in make_packs(policy, samples, config):
-        values = logprobs(policy.model, p, config.rollout.temperature).logprobs.tolist()
-        for k, i in enumerate(p.samples):
-            out[i] = values[p.offsets[k] : p.offsets[k + 1]]
+
+    def work() -> None:
+        for p in make_packs(policy, samples, config):
+            values = logprobs(policy.model, p, config.rollout.temperature).logprobs.tolist()
+            for k, i in enumerate(p.samples):
+                out[i] = values[p.offsets[k] : p.offsets[k + 1]]
+
+    longest = max((len(s.prompt_ids) + len(s.response_ids) - 1 for s in samples), default=1)
+    policy.within_memory("token_budget", longest, work)
     return out
 
 
