@@ -6,12 +6,14 @@ Import it before torch: it sets what must be set by then.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import random
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -128,7 +130,12 @@ def finish(result: dict) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Bad input ends with one line and exit code 2."""
+    """Bad input ends with one line and exit code 2; what libraries chat about is left out."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore")
     try:
         main()
     except UserError as error:

@@ -27,11 +27,9 @@ in one process. Ratios are (TRL's time) / (our time), of CPU seconds as in the o
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import random
 import tempfile
-import warnings
 from collections.abc import Sequence
 
 import common
@@ -42,7 +40,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from gcdlite import prompts
@@ -127,6 +125,7 @@ class Theirs(TrainerCallback):
             ),
             callbacks=[self],
         )  # fmt: skip
+        self.trainer.remove_callback(PrinterCallback)
 
     def on_step_begin(self, *_, **__) -> None:
         self.watch = clock()
@@ -254,8 +253,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=common.at_least(1), default=5, help="pairs of iterations, after one to warm up")
     parser.add_argument("--their-batch", type=common.at_least(1), default=4, help="rows of TRL's micro-batches")
     args = parser.parse_args()
-    logging.disable(logging.WARNING)
-    warnings.filterwarnings("ignore")
     common.finish(measure(args.groups, args.group_size, args.turns, args.tokens, args.repeats, args.their_batch))
 
 
