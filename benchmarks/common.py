@@ -5,6 +5,7 @@ Import it before torch: it sets what must be set by then.
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads must not spin on shared cores
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -49,6 +51,22 @@ def plain_nano():
     from gcdlite.policy import resolve
 
     return AutoModelForCausalLM.from_pretrained(resolve("nano"), dtype=torch.float32, attn_implementation="sdpa")
+
+
+def play(config: Config):
+    """The policy and the episodes of one real iteration, in groups: prompts and samples to measure with."""
+    import torch
+
+    from gcdlite.envs import closing, make
+    from gcdlite.policy import Policy
+    from gcdlite.rollout import collect
+    from gcdlite.train import tasks_of
+
+    policy = Policy(config)
+    with closing(make(config)) as pool:
+        tasks = tasks_of(0, pool.tasks("train"), config)
+        groups, _ = collect(policy, pool, tasks, config, torch.Generator().manual_seed(config.seed))
+    return policy, groups
 
 
 class FixedEpisodes:
@@ -141,6 +159,16 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
+
+
+class Parser(argparse.ArgumentParser):
+    """Help that begins with the script's own text, and faults in one line."""
+
+    def __init__(self, text: str | None):
+        super().__init__(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see: {self.prog} --help")
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -19,7 +19,6 @@ costs in the same phase: (rollout seconds * share of new tokens + update seconds
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
 
@@ -153,7 +152,7 @@ def overhead(name: str, phases: dict[str, list[Seconds]], updates: dict[str, lis
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(__doc__)
     parser.add_argument("--groups", type=common.at_least(1), default=8, help="games an iteration (a run's default is 16)")
     parser.add_argument("--group-size", type=common.at_least(2), default=8, help="episodes of each")
     parser.add_argument("--turns", type=common.at_least(1), default=30, help="turns an episode may take")

@@ -26,7 +26,6 @@ in one process. Ratios are (TRL's time) / (our time), of CPU seconds as in the o
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import tempfile
@@ -245,7 +244,7 @@ def measure(groups: int, group_size: int, turns: int, tokens: int, repeats: int,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(__doc__)
     parser.add_argument("--groups", type=common.at_least(1), default=2, help="games an iteration")
     parser.add_argument("--group-size", type=common.at_least(2), default=8, help="episodes of each")
     parser.add_argument("--turns", type=common.at_least(1), default=20, help="turns of every episode (nano's own have 22 on average)")

@@ -14,12 +14,11 @@ each other; times are medians of `--repeats` runs there, after one to warm up.
 below 1 that larger batches pay. Peaks should stay flat in `turns` and `episodes` for the update (its token budget bounds
 them) and follow the rows that are decoded together for the rollout.
 
-    python benchmarks/scaling.py [--episodes 8 16 32 64] [--turns 4 8 16] [--extra 0 100 300] [--repeats 5]
+    python benchmarks/scaling.py [--episodes 8 16 32 64] [--turns 4 8 16] [--extra 0 60 200] [--repeats 5]
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import multiprocessing
 import random
@@ -157,10 +156,10 @@ def measure(episodes: list[int], turns: list[int], extra: list[int], tokens: int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(__doc__)
     parser.add_argument("--episodes", type=common.at_least(GROUP_SIZE), nargs="+", default=[8, 16, 32, 64], help="multiples of 4")
     parser.add_argument("--turns", type=common.at_least(1), nargs="+", default=[4, 8, 16], help="turns of every episode")
-    parser.add_argument("--extra", type=common.at_least(0), nargs="+", default=[0, 100, 300], help="words added to each observation")
+    parser.add_argument("--extra", type=common.at_least(0), nargs="+", default=[0, 60, 200], help="words added to each observation")
     parser.add_argument("--tokens", type=common.at_least(1), default=20, help="new tokens of every turn")
     parser.add_argument("--repeats", type=common.at_least(1), default=5, help="runs of each size, after one to warm up")
     args = parser.parse_args()
