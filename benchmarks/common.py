@@ -147,13 +147,18 @@ def finish(result: dict) -> None:
     print(json.dumps({**result, **setting, "cores": os.cpu_count(), "threads": torch.get_num_threads()}), flush=True)
 
 
-def run(main: Callable[[], None]) -> None:
-    """Bad input ends with one line and exit code 2; what libraries chat about is left out."""
+def quiet() -> None:
+    """Leave out what libraries chat about."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script; bad input ends with one line and exit code 2."""
+    quiet()
     try:
         main()
     except UserError as error:

@@ -21,7 +21,7 @@ own with the last two turns in it. So the two do not train on the same text, and
 An iteration of TRL's is what lies between its step's begin and end; in between, ours is played, so that both alternate
 in one process. Ratios are (TRL's time) / (our time), of CPU seconds as in the other scripts, `ratio_wall` of the clock's.
 
-    python benchmarks/iteration.py [--groups 2] [--group-size 8] [--turns 20] [--tokens 20] [--repeats 5]
+    python benchmarks/iteration.py [--groups 2] [--group-size 4] [--turns 20] [--tokens 20] [--repeats 5]
 """
 
 from __future__ import annotations
@@ -246,7 +246,7 @@ def measure(groups: int, group_size: int, turns: int, tokens: int, repeats: int,
 def main() -> None:
     parser = common.Parser(__doc__)
     parser.add_argument("--groups", type=common.at_least(1), default=2, help="games an iteration")
-    parser.add_argument("--group-size", type=common.at_least(2), default=8, help="episodes of each")
+    parser.add_argument("--group-size", type=common.at_least(2), default=4, help="episodes of each")
     parser.add_argument("--turns", type=common.at_least(1), default=20, help="turns of every episode (nano's own have 22 on average)")
     parser.add_argument("--tokens", type=common.at_least(1), default=20, help="new tokens of every turn (nano's own answers have 18)")
     parser.add_argument("--repeats", type=common.at_least(1), default=5, help="pairs of iterations, after one to warm up")

@@ -99,7 +99,7 @@ def train(samples: list[Sample], episodes: int, turns: int, tokens: int, repeats
 
 def apart(call: Callable, *args):
     """The call's result, from a fresh process (a forked one would inherit threads that do not exist there)."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as worker:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=common.quiet) as worker:
         return worker.submit(call, *args).result()
 
 
