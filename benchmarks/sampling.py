@@ -71,8 +71,8 @@ def main() -> None:
 
 
 def measure(games: int, rows: int, repeats: int) -> dict:
-    """Both workloads, from the first three turns of 8 episodes of each game."""
-    config = common.nano(rollout__groups=games, env__max_turns=3)
+    """Both workloads, from 8 episodes of each game, at their eighth turn or where they ended: by then, few share a prompt."""
+    config = common.nano(rollout__groups=games, env__max_turns=8)
     policy, groups = common.play(config)
     last = [episode.turns[-1] for group in groups for episode in group.episodes]
     style = config.model.prompt
@@ -87,7 +87,9 @@ def measure(games: int, rows: int, repeats: int) -> dict:
         results[name] = compare(model, some, limit, stop, rows, repeats)
         print(name, results[name], flush=True)
     return {
-        "ratio": results["mixed"]["ratio"], "ratio_groups": results["groups"]["ratio"], **results, "rows": rows, "measurements": repeats,
+        "ratio": results["mixed"]["ratio"], "ratio_groups": results["groups"]["ratio"], **results,
+        "distinct_prompts": {name: len(set(map(tuple, some))) for name, (some, _) in workloads.items()},
+        "prompts": {name: len(some) for name, (some, _) in workloads.items()}, "rows": rows, "measurements": repeats,
     }  # fmt: skip
 
 

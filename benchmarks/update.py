@@ -3,7 +3,9 @@
 With the shipped nano, on what it wrote in real episodes: judgments (eight responses to one prompt) against one row a
 sample and against padded batches, policy turns (prompts that share a head) against padded batches. The others compute
 logits at response tokens only, too, and padded rows are sorted by length. Ratios are of CPU seconds, which other work on
-the machine hardly changes; `ratio_wall` is of the clock's.
+the machine hardly changes; `ratio_wall` is of the clock's. How much is shared depends on the episodes: `tokens` says how many
+the samples have and how many packing computes. A model as sure of itself as nano often begins its answers alike, which is
+shared, too.
 
 Also: which share of the machine's rate in large matrix products the products reach that the packed passes must do
 (`share_of_matrix_rate`), of CPU seconds and by the clock; `update` in it is the whole of `gcdlite.update.update`, with its
@@ -124,7 +126,8 @@ def measure(turns: int, budget: int, rows: int, repeats: int) -> dict:
     policy, groups = common.play(config)
     acted = policy_samples(groups, config)
     some = [t for g in groups for e in g.episodes for t in e.turns]
-    targets = [LabelledTurn(turn, 0, "fixed") for turn in some[:: max(1, len(some) // 8)][:8]]
+    # At random, as training selects: first turns of one game, say, have the same prompt, and would flatter us.
+    targets = [LabelledTurn(turn, 0, "any") for turn in random.Random(0).sample(some, min(8, len(some)))]
     judged = judging.judge(
         policy, targets, group_size=8, success_rate=0.5, style=config.model.prompt, max_new_tokens=config.gcd.max_new_tokens,
         temperature=1.0, rng=torch.Generator().manual_seed(0),
@@ -144,6 +147,10 @@ def measure(turns: int, budget: int, rows: int, repeats: int) -> dict:
 
     rate = matrix_rate(2048, 2048, 2048)
     narrow = matrix_rate(budget, model.config.hidden_size, model.config.intermediate_size)
+    tokens = {}
+    for name, samples in ("judgments", judgments), ("turns", acted):
+        read = sum(len(s.prompt_ids) + len(s.response_ids) for s in samples)
+        tokens[name] = {"samples": len(samples), "read": read, "computed": sum(p.tokens for p in pack(samples, budget))}
     shares = {"narrow_products": {"cpu": round(narrow.cpu / rate.cpu, 3), "wall": round(narrow.wall / rate.wall, 3)}}
     for name, samples in ("judgments", judgments), ("turns", acted):
         done = 3 * sum(operations(model, pack(samples, budget, width=model.config.hidden_size)))
@@ -156,7 +163,7 @@ def measure(turns: int, budget: int, rows: int, repeats: int) -> dict:
     shares["update"] = share(4 * layers + 3 * head, whole, rate)
     print("update", whole, "shares", shares, flush=True)
     return {
-        "ratio": results["judgments"]["against"]["row_wise"]["ratio"], **results, "update": whole, "share_of_matrix_rate": shares,
+        "ratio": results["judgments"]["against"]["row_wise"]["ratio"], **results, "update": whole, "tokens": tokens, "share_of_matrix_rate": shares,
         "budget": budget, "rows": rows, "measurements": repeats,
     }  # fmt: skip
 
