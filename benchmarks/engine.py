@@ -10,12 +10,8 @@ change it much. Each of our measurements is on a game that was just loaded: noth
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import platform
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,7 +19,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from statistics import median
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
 
 from gcdlite.envs.alfworld.engine import Game
 from gcdlite.records import UserError
@@ -104,13 +100,11 @@ def replay(path: Path, before: list[str], block: list[str]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--games", type=int, default=6, help="games, taken from the six task types in turn")
-    parser.add_argument("--steps", type=int, default=25, help="commands a game")
+    parser = common.Parser(__doc__)
+    parser.add_argument("--games", type=common.at_least(1), default=6, help="games, taken from the six task types in turn")
+    parser.add_argument("--steps", type=common.at_least(BLOCKS), default=25, help="commands a game")
     parser.add_argument("--seed", type=int, default=0, help="choice of games and commands")
     args = parser.parse_args()
-    if args.games < 1 or args.steps < BLOCKS:
-        raise UserError(f"at least 1 game and {BLOCKS} steps are needed, not {args.games} and {args.steps}")
 
     with tempfile.TemporaryDirectory() as scratch:
         kinds, source = find_games(scratch, args.seed)
@@ -148,34 +142,26 @@ def main() -> None:
             kind = path.parts[-3].split("-")[0]
             print(f"{kind}: {fast:,.0f} against {slow:,.1f} steps/s, {fast / slow:,.0f} times, {wrong} differences", flush=True)
 
-    print(
-        json.dumps(
-            {
-                "ratio": round(median(ratios)),
-                "ratio_min": round(min(ratios)),
-                "ratio_max": round(max(ratios)),
-                "ours_steps_per_s": round(median(our for our, _ in rates)),
-                "genuine_steps_per_s": round(median(their for _, their in rates), 2),
-                "ours_load_ms": round(1e3 * median(our for our, _ in loads), 2),
-                "genuine_load_ms": round(1e3 * median(their for _, their in loads), 1),
-                "ours_reset_ms": round(1e3 * median(our for our, _ in resets), 3),
-                "genuine_reset_ms": round(1e3 * median(their for _, their in resets), 1),
-                "games": len(paths),
-                "steps": steps,
-                "differences": differences,
-                "measurements": len(ratios),
-                "source": source,
-                "seed": args.seed,
-                "python": platform.python_version(),
-                "cores": os.cpu_count(),
-            }
-        )
+    common.finish(
+        {
+            "ratio": round(median(ratios)),
+            "ratio_min": round(min(ratios)),
+            "ratio_max": round(max(ratios)),
+            "ours_steps_per_s": round(median(our for our, _ in rates)),
+            "genuine_steps_per_s": round(median(their for _, their in rates), 2),
+            "ours_load_ms": round(1e3 * median(our for our, _ in loads), 2),
+            "genuine_load_ms": round(1e3 * median(their for _, their in loads), 1),
+            "ours_reset_ms": round(1e3 * median(our for our, _ in resets), 3),
+            "genuine_reset_ms": round(1e3 * median(their for _, their in resets), 1),
+            "games": len(paths),
+            "steps": steps,
+            "differences": differences,
+            "measurements": len(ratios),
+            "source": source,
+            "seed": args.seed,
+        }
     )
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
+    common.run(main)

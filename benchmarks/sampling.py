@@ -1,42 +1,22 @@
 """`gcdlite.sampling` against Hugging Face `generate`: same model, prompts, limits and rows at a time.
 
-Two workloads: prompts of mixed lengths behind a shared head (a turn of many episodes), and groups of equal prompts
-(judgments). The model is random; stop tokens are chosen so that lengths vary as in training. Both sides sample at
+Two workloads of the shipped nano: the prompts of one turn of 128 episodes (mixed lengths behind a shared head), and groups
+of equal prompts (judgments). Answers end where the model ends them, so lengths vary as in training. Both sides sample at
 temperature 1, each with its own random numbers, so time is divided by the tokens written. Ratios are of CPU seconds,
 which other work on the machine hardly changes; `ratio_wall` is of the clock's.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import random
 import statistics
-import sys
-import time
-from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads must not spin on shared cores; before torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+from common import Seconds, clock
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from gcdlite.prompts import judge_prompt
 from gcdlite.sampling import sample
-
-V = 1024
-
-
-def nano() -> Qwen2ForCausalLM:
-    torch.manual_seed(0)
-    return Qwen2ForCausalLM(
-        Qwen2Config(
-            hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, intermediate_size=384,
-            vocab_size=V, tie_word_embeddings=True, attn_implementation="sdpa",
-        )
-    ).eval()  # fmt: skip
 
 
 def generate(model, prompts: list[list[int]], limit: int, stop: list[int], rows: int) -> int:
@@ -67,51 +47,51 @@ def ours(model, prompts: list[list[int]], limit: int, stop: list[int], rows: int
 
 def compare(model, prompts: list[list[int]], limit: int, stop: list[int], rows: int, repeats: int) -> dict:
     """Medians of CPU milliseconds per hundred new tokens, both sides in turns, and of the pairs' ratios."""
-    cpu: dict[str, list[float]] = {"generate": [], "ours": []}
-    wall: dict[str, list[float]] = {"generate": [], "ours": []}
+    took: dict[str, list[Seconds]] = {"generate": [], "ours": []}  # a token
     for repeat in range(-1, repeats):  # the first pair warms up
-        for name in cpu:
-            start = time.process_time(), time.perf_counter()
-            if name == "generate":
-                written = generate(model, prompts, limit, stop, rows)
-            else:
-                written = ours(model, prompts, limit, stop, rows, repeat + 1)
+        for name in took:
+            with clock() as seconds:
+                if name == "generate":
+                    written = generate(model, prompts, limit, stop, rows)
+                else:
+                    written = ours(model, prompts, limit, stop, rows, repeat + 1)
             if repeat >= 0:
-                cpu[name].append((time.process_time() - start[0]) / written)
-                wall[name].append((time.perf_counter() - start[1]) / written)
-    return {
-        "ratio": round(statistics.median(g / o for g, o in zip(cpu["generate"], cpu["ours"])), 2),
-        "ratio_wall": round(statistics.median(g / o for g, o in zip(wall["generate"], wall["ours"])), 2),
-        "generate_cpu_ms_per_100_tokens": round(1e5 * statistics.median(cpu["generate"]), 1),
-        "ours_cpu_ms_per_100_tokens": round(1e5 * statistics.median(cpu["ours"]), 1),
-    }
+                took[name].append(Seconds(seconds.cpu / written, seconds.wall / written))
+    per_hundred = {f"{n}_cpu_ms_per_100_tokens": round(1e5 * statistics.median(s.cpu for s in v), 1) for n, v in took.items()}
+    return common.ratios(took["generate"], took["ours"]) | per_hundred
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=64, help="sequences at a time, for both sides")
+    parser = common.Parser(__doc__)
+    parser.add_argument("--repeats", type=common.at_least(1), default=5, help="pairs of measurements, after one to warm up")
+    parser.add_argument("--rows", type=common.at_least(1), default=64, help="sequences at a time, for both sides")
+    parser.add_argument("--games", type=common.at_least(1), default=16, help="games whose turns give the prompts, 8 episodes each")
     args = parser.parse_args()
+    common.finish(measure(args.games, args.rows, args.repeats))
 
-    rng = random.Random(0)
 
-    def tokens(n: int) -> list[int]:
-        return [rng.randrange(V) for _ in range(n)]
-
-    model, head = nano(), tokens(60)
-    mixed = [head + tokens(rng.randint(50, 130)) for _ in range(128)]
-    groups = [head + tokens(rng.randint(150, 230)) for _ in range(16)]
-    results = {
-        # of 1,024 tokens 60 stop, which makes 13 new tokens on average, at most 30
-        "mixed": compare(model, mixed, 30, list(range(60)), args.rows, args.repeats),
-        # eight copies of each; 16 stop: 40 new tokens on average, at most 80
-        "groups": compare(model, [p for p in groups for _ in range(8)], 80, list(range(16)), args.rows, args.repeats),
+def measure(games: int, rows: int, repeats: int) -> dict:
+    """Both workloads, from 8 episodes of each game, at their eighth turn or where they ended: by then, few share a prompt."""
+    config = common.nano(rollout__groups=games, env__max_turns=8)
+    policy, groups = common.play(config)
+    last = [episode.turns[-1] for group in groups for episode in group.episodes]
+    style = config.model.prompt
+    judged = [policy.encode(judge_prompt(style, t.bare_prompt, t.response, 0.5)) for t in last[:: config.rollout.group_size]]
+    model, stop = common.plain_nano().eval(), sorted(policy.stop_ids)
+    workloads = {
+        "mixed": ([turn.prompt_ids for turn in last], config.rollout.max_new_tokens),
+        "groups": ([ids for ids in judged for _ in range(8)], config.gcd.max_new_tokens),
     }
-    for name, result in results.items():
-        print(name, result)
-    setting = {"threads": torch.get_num_threads(), "rows": args.rows, "repeats": args.repeats}
-    print(json.dumps({"ratio": results["mixed"]["ratio"], "ratio_groups": results["groups"]["ratio"], **results, **setting}))
+    results = {}
+    for name, (some, limit) in workloads.items():
+        results[name] = compare(model, some, limit, stop, rows, repeats)
+        print(name, results[name], flush=True)
+    return {
+        "ratio": results["mixed"]["ratio"], "ratio_groups": results["groups"]["ratio"], **results,
+        "distinct_prompts": {name: len(set(map(tuple, some))) for name, (some, _) in workloads.items()},
+        "prompts": {name: len(some) for name, (some, _) in workloads.items()}, "rows": rows, "measurements": repeats,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -1,44 +1,35 @@
 """`gcdlite.packing` against the usual layouts: forward and backward over the same samples, log-probs of all responses.
 
-Judgments (eight responses to one prompt) against one row a sample and against padded batches, policy turns (prompts
-that share a head) against padded batches. The others compute logits at response tokens only, too, and padded rows are
-sorted by length. Ratios are of CPU seconds, which other work on the machine hardly changes; `ratio_wall` is of the
-clock's. Also: which share of the machine's rate in matrix products the packed update reaches.
+With the shipped nano, on what it wrote in real episodes: judgments (eight responses to one prompt) against one row a
+sample and against padded batches, policy turns (prompts that share a head) against padded batches. The others compute
+logits at response tokens only, too, and padded rows are sorted by length. Ratios are of CPU seconds, which other work on
+the machine hardly changes; `ratio_wall` is of the clock's. How much is shared depends on the episodes: `tokens` says how many
+the samples have and how many packing computes. A model as sure of itself as nano often begins its answers alike, which is
+shared, too.
+
+Also: which share of the machine's rate in large matrix products the products reach that the packed passes must do
+(`share_of_matrix_rate`), of CPU seconds and by the clock; `update` in it is the whole of `gcdlite.update.update`, with its
+adapter, KL, packing and optimizer step. `narrow_products` is what plain products of the model's own shape reach
+on this machine: more than that, no update of so narrow a model can.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import random
 import statistics
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads must not spin on shared cores; before torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+from common import Seconds, clock
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from gcdlite.backbone import plain
+from gcdlite.gcd import judge as judging
 from gcdlite.packing import Pack, logprobs, pack
-from gcdlite.records import Sample
-
-V = 1024
-
-
-def nano() -> Qwen2ForCausalLM:
-    torch.manual_seed(0)
-    return Qwen2ForCausalLM(
-        Qwen2Config(
-            hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, intermediate_size=384,
-            vocab_size=V, tie_word_embeddings=True, attn_implementation="sdpa",
-        )
-    )  # fmt: skip
+from gcdlite.records import LabelledTurn, Sample
+from gcdlite.train import policy_samples
+from gcdlite.update import make_optimizer, make_packs, update
 
 
 def row_wise(model, samples: list[Sample]) -> None:
@@ -74,91 +65,108 @@ def packed(model, samples: list[Sample], budget: int) -> None:
 
 def compare(sides: dict[str, Callable[[], None]], repeats: int) -> dict:
     """Median CPU seconds of each side, taken in turns, and medians of the others' ratios to `packed`, pair by pair."""
-    cpu: dict[str, list[float]] = {name: [] for name in sides}
-    wall: dict[str, list[float]] = {name: [] for name in sides}
+    took: dict[str, list[Seconds]] = {name: [] for name in sides}
     for repeat in range(-1, repeats):  # the first round warms up
         for name, side in sides.items():
-            start = time.process_time(), time.perf_counter()
-            side()
+            with clock() as seconds:
+                side()
             if repeat >= 0:
-                cpu[name].append(time.process_time() - start[0])
-                wall[name].append(time.perf_counter() - start[1])
-    result = {}
-    for name in sides:
-        if name != "packed":
-            result[f"ratio_{name}"] = round(statistics.median(o / p for o, p in zip(cpu[name], cpu["packed"])), 2)
-            result[f"ratio_wall_{name}"] = round(statistics.median(o / p for o, p in zip(wall[name], wall["packed"])), 2)
-    return result | {f"{name}_cpu_s": round(statistics.median(values), 3) for name, values in cpu.items()}
+                took[name].append(seconds)
+    against = {name: common.ratios(values, took["packed"]) for name, values in took.items() if name != "packed"}
+    return {"against": against, **{name: common.middle(values) for name, values in took.items()}}
 
 
-def flops(model, packs: list[Pack]) -> float:
-    """Multiplications and additions of forward and backward: weights at computed tokens, lm_head at response tokens,
-    attention to every column that is compared (masked ones, too: they are computed)."""
+def operations(model, packs: list[Pack]) -> tuple[float, float]:
+    """Multiplications and additions of one forward pass: in the layers (weights at computed tokens, attention to every
+    column that is compared; masked ones, too: they are computed), and in lm_head at response tokens."""
     config = model.config
-    inner = sum(p.numel() for n, p in model.named_parameters() if "layers" in n and p.dim() == 2)
-    total = 0.0
+    inner = sum(p.numel() for n, p in model.named_parameters() if "layers" in n and "lora" not in n and p.dim() == 2)
+    layers = head = 0.0
     for one in packs:
         (rows, columns), stem = one.ids.shape, len(one.stem)
         pairs = stem * stem + rows * columns * (stem + columns)
-        total += 2 * inner * one.tokens + 2 * config.hidden_size * config.vocab_size * len(one.targets)
-        total += 4 * config.num_hidden_layers * config.hidden_size * pairs
-    return 3 * total
+        layers += 2 * inner * one.tokens + 4 * config.num_hidden_layers * config.hidden_size * pairs
+        head += 2 * config.hidden_size * config.vocab_size * len(one.targets)
+    return layers, head
 
 
-def matrix_rate() -> float:
-    """The machine's best measured rate in large products, operations a CPU second."""
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+def matrix_rate(rows: int, inner: int, columns: int) -> Seconds:
+    """The machine's best measured rate in such products: operations a CPU second, and a second of the clock."""
+    a, b = torch.randn(rows, inner), torch.randn(inner, columns)
     a @ b
+    products = max(1, 2**33 // (rows * inner * columns))  # long enough for the clocks
     times = []
     for _ in range(10):
-        start = time.process_time()
-        a @ b
-        times.append(time.process_time() - start)
-    return 2 * 2048**3 / min(times)
+        with clock() as took:
+            for _ in range(products):
+                a @ b
+        times.append(took)
+    done = 2 * rows * inner * columns * products
+    return Seconds(done / min(t.cpu for t in times), done / min(t.wall for t in times))
+
+
+def share(done: float, took: dict, rate: Seconds) -> dict[str, float]:
+    """Of the rate, what so many operations in that time are."""
+    return {"cpu": round(done / took["cpu_s"] / rate.cpu, 3), "wall": round(done / took["wall_s"] / rate.wall, 3)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--budget", type=int, default=8192, help="computed tokens in a pack")
-    parser.add_argument("--rows", type=int, default=32, help="rows in a padded batch")
+    parser = common.Parser(__doc__)
+    parser.add_argument("--repeats", type=common.at_least(1), default=5, help="rounds of measurements, after one to warm up")
+    parser.add_argument("--budget", type=common.at_least(1), default=8192, help="computed tokens in a pack")
+    parser.add_argument("--rows", type=common.at_least(1), default=32, help="rows in a padded batch")
+    parser.add_argument("--turns", type=common.at_least(1), default=16, help="turns an episode may take, of 2 games with 8 episodes each")
     args = parser.parse_args()
+    common.finish(measure(args.turns, args.budget, args.rows, args.repeats))
 
-    rng = random.Random(0)
 
-    def tokens(n: int) -> list[int]:
-        return [rng.randrange(V) for _ in range(n)]
-
-    def make(prompt: list[int], n: int) -> Sample:
-        return Sample(prompt, [1, *tokens(n - 1)], [0.0] * n, [0.0] * n)
-
-    model, head = nano(), tokens(60)
-    judgments = [make(prompt, rng.randint(25, 55)) for prompt in [head + tokens(190) for _ in range(8)] for _ in range(8)]
-    turns = []
-    for _ in range(2):  # groups of 8 episodes of 16 turns, whose first prompt is the same
-        task = head + tokens(12)
-        first = tokens(60)
-        for _ in range(8):
-            prompts = [task + (tokens(rng.randint(50, 110)) if turn else first) for turn in range(16)]
-            turns += [make(prompt, rng.randint(10, 24)) for prompt in prompts]
+def measure(turns: int, budget: int, rows: int, repeats: int) -> dict:
+    """Everything; the samples come from 16 episodes of two games."""
+    config = common.nano(rollout__groups=2, env__max_turns=turns, update__kl=0.01, update__minibatches=1, update__token_budget=budget)
+    policy, groups = common.play(config)
+    acted = policy_samples(groups, config)
+    some = [t for g in groups for e in g.episodes for t in e.turns]
+    # At random, as training selects: first turns of one game, say, have the same prompt, and would flatter us.
+    targets = [LabelledTurn(turn, 0, "any") for turn in random.Random(0).sample(some, min(8, len(some)))]
+    judged = judging.judge(
+        policy, targets, group_size=8, success_rate=0.5, style=config.model.prompt, max_new_tokens=config.gcd.max_new_tokens,
+        temperature=1.0, rng=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    judgments = judging.judgment_samples(judged, 8)
+    model = common.plain_nano()
 
     def sides(samples: list[Sample]) -> dict[str, Callable[[], None]]:
-        return {
-            "packed": lambda: packed(model, samples, args.budget),
-            "padded": lambda: padded(model, samples, args.rows),
-        }
+        return {"packed": lambda: packed(model, samples, budget), "padded": lambda: padded(model, samples, rows)}
 
-    judged = compare({**sides(judgments), "row_wise": lambda: row_wise(model, judgments)}, args.repeats)
-    print("judgments", judged)
-    acted = compare(sides(turns), args.repeats)
-    print("turns", acted)
-    share = {}
-    for name, samples, result in ("judgments", judgments, judged), ("turns", turns, acted):
-        share[name] = round(flops(model, pack(samples, args.budget)) / result["packed_cpu_s"] / matrix_rate(), 3)
-    setting = {"threads": torch.get_num_threads(), "budget": args.budget, "rows": args.rows, "repeats": args.repeats}
-    result = {"ratio": judged["ratio_row_wise"], "judgments": judged, "turns": acted, "share_of_matrix_rate": share}
-    print(json.dumps({**result, **setting}))
+    results = {
+        "judgments": compare({**sides(judgments), "row_wise": lambda: row_wise(model, judgments)}, repeats),
+        "turns": compare(sides(acted), repeats),
+    }
+    for name, result in results.items():
+        print(name, result, flush=True)
+
+    rate = matrix_rate(2048, 2048, 2048)
+    narrow = matrix_rate(budget, model.config.hidden_size, model.config.intermediate_size)
+    tokens = {}
+    for name, samples in ("judgments", judgments), ("turns", acted):
+        read = sum(len(s.prompt_ids) + len(s.response_ids) for s in samples)
+        tokens[name] = {"samples": len(samples), "read": read, "computed": sum(p.tokens for p in pack(samples, budget))}
+    shares = {"narrow_products": {"cpu": round(narrow.cpu / rate.cpu, 3), "wall": round(narrow.wall / rate.wall, 3)}}
+    for name, samples in ("judgments", judgments), ("turns", acted):
+        done = 3 * sum(operations(model, pack(samples, budget, width=model.config.hidden_size)))
+        shares[name] = share(done, results[name]["packed"], rate)
+    optimizer, schedule = make_optimizer(policy, config)
+    whole = compare({"packed": lambda: update(policy, acted, optimizer, schedule, config, random.Random(0))}, repeats)["packed"]
+    layers, head = operations(plain(policy.model), make_packs(policy, acted, config))
+    # Forward for the reference; forward and backward with gradients of the weights (adapters are folded into them), of
+    # which lm_head, without an adapter, needs none.
+    shares["update"] = share(4 * layers + 3 * head, whole, rate)
+    print("update", whole, "shares", shares, flush=True)
+    return {
+        "ratio": results["judgments"]["against"]["row_wise"]["ratio"], **results, "update": whole, "tokens": tokens, "share_of_matrix_rate": shares,
+        "budget": budget, "rows": rows, "measurements": repeats,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)
