@@ -114,9 +114,11 @@ def train(args: argparse.Namespace, faults: list[str]) -> int:
 
     from gcdlite import checkpoint, policy
     from gcdlite import train as loop
+    from gcdlite.coldstart import require_tag_data
     from gcdlite.view.dashboard import Dashboard, closing_table
 
     policy.resolve(config.model.name)  # a missing model is told before games are generated
+    require_tag_data(config)
     announce(config, folder, settings, f"{games}: {root}" if root else games)
     try:
         with Dashboard(config, history=runlog.read_lines(folder / "events.jsonl")) as dashboard:

@@ -212,7 +212,7 @@ def summarise(config: Config, log: RunLog, training_seconds: float, wall_seconds
     steps = [e for e in events if e["phase"] == "train"]
     levels: dict[str, Any] = {}
     for level in config.eval.levels:
-        for when, event in (("before", evals[0] if evals and evals[0]["iteration"] == 0 else None), ("after", evals[-1] if evals else None)):
+        for when, event in (("before", evals[0] if len(evals) > 1 and evals[0]["iteration"] == 0 else None), ("after", evals[-1] if evals else None)):
             if event:
                 name = f"eval/{level}"
                 keys = {"success": name, "low": f"{name}/low", "high": f"{name}/high", "n": f"{name}/n", "judge": f"{name}/judge_balanced_accuracy"}

@@ -56,7 +56,9 @@ def test_value_loss_by_hand(value, old, aim, loss, slope):
     assert found.item() == pytest.approx(loss, abs=1e-6) and v.grad.item() == pytest.approx(slope, abs=1e-5)
 
 
-def test_one_step_equals_the_slow_formula(ppo_config):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_one_step_equals_the_slow_formula(ppo_config, checkpointing):
+    ppo_config.model.checkpointing = checkpointing
     ppo_config.update.grad_clip, ppo_config.update.token_budget, ppo_config.algo.value_clip = 1e9, 16, 0.3
     policy = Policy(ppo_config)
     critic, samples = Critic(policy, ppo_config), make_samples(random.Random(0))
