@@ -99,7 +99,7 @@ class Algo(Section):
     beta: Rate = Field(1.0, description="nthr: factor on the threshold above which a token of a lost episode is punished less")
     gae_gamma: Share = Field(1.0, description="ppo: discount, a response token")
     gae_lambda: Share = Field(1.0, description="ppo: lambda of generalised advantage estimation; 1: return - V")
-    value_rate: Annotated[float, Field(gt=0)] = Field(10.0, description="ppo: the critic's learning rate, in units of update.lr")
+    value_rate: Annotated[float, Field(gt=0)] = Field(1.0, description="ppo: the critic's learning rate, in units of update.lr")
     value_coef: Annotated[float, Field(gt=0)] = Field(0.5, description="ppo: factor on the critic's loss")
     value_clip: Annotated[float, Field(gt=0)] = Field(0.2, description="ppo: furthest that an update may usefully move a value")
 

@@ -66,7 +66,7 @@ def scores(policy: Policy, group: Group, config: Config, keep: str = "auto") -> 
     targets = torch.tensor([i for t in turns for i in t.response_ids], device=device)
     positive = torch.cat(won).to(device)
     head = plain(policy.model).get_output_embeddings()
-    vocabulary = head.weight.shape[0] if head.weight.ndim == 2 else head.out_features
+    vocabulary = head.weight.shape[0]
     everything = keep == "all" or keep == "auto" and vocabulary <= FULL_VOCABULARY
     rows = None if everything else targets.unique()
     left_out, total = 0.0, 0.0

@@ -102,7 +102,6 @@ def test_critic_and_policy_share_no_parameter_and_do_not_move_each_other(ppo_con
 
 
 def test_it_learns_what_the_turns_earn(ppo_config):
-    ppo_config.algo.value_rate = 1.0  # of a learning rate that is high already
     policy = Policy(ppo_config)
     critic, task = Critic(policy, ppo_config), Task("t", "t", "t")
     turns = [Turn("", [], [1, 2, first], [10, 11], [], "", "", False, True) for first in (20, 250)]
