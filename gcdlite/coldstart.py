@@ -334,8 +334,10 @@ def require_tag_data(config: Config) -> None:
         made = Path(folder) / MADE
         if made.is_file() and json.loads(made.read_text()).get("tags"):
             return
-    start = f"python run.py coldstart --algo rlvmr --model {config.model.name} coldstart.from_scratch=false --out DIR"
-    raise UserError(f"rlvmr needs weights that know its tags: {start}, then --algo rlvmr model.adapter=DIR/adapter")
+    make, then = f"--model {config.model.name} --out DIR", "model.adapter=DIR/adapter"
+    if config.coldstart.from_scratch:  # nano has never read the tags: only training its embeddings, too, can teach it to write them
+        make, then = f"--config nano coldstart.start={config.model.name} --out DIR", "--config nano --model DIR/model"
+    raise UserError(f"rlvmr needs weights that know its tags: python run.py coldstart --algo rlvmr {make}, then --algo rlvmr {then}")
 
 
 def _expert_lessons(config: Config, tasks: Sequence[Task], prior: Prior, dice: random.Random) -> list[Example]:

@@ -190,6 +190,13 @@ def test_rlvmr_without_tag_data_is_refused_before_anything_is_written(tiny, tmp_
     with pytest.raises(UserError, match=r"coldstart --algo rlvmr --model \S+ .*model.adapter=") as refused:
         loop.train(tiny, tmp_path / "run")
     assert len(str(refused.value).splitlines()) == 1 and not (tmp_path / "run").exists()
+    tiny.coldstart.from_scratch = True
+    with pytest.raises(UserError, match=r"coldstart --algo rlvmr --config nano coldstart.start=\S+ .*--model DIR/model"):
+        coldstart.require_tag_data(tiny)
+    (tmp_path / "tagged").mkdir()
+    (tmp_path / "tagged" / "config.json").write_text("{}")
+    (tmp_path / "tagged" / "made.json").write_text(json.dumps({"tags": True}))
+    coldstart.require_tag_data(tiny.model_copy(update={"model": tiny.model.model_copy(update={"name": str(tmp_path / "tagged")})}))
     plain = Policy(tiny)
     plain.save_adapter(tmp_path / "plain")
     (tmp_path / "plain" / "made.json").write_text(json.dumps({"tags": False}))
