@@ -49,7 +49,7 @@ RUN_FLAGS = (
     ("--config", "config", "FILE", "a YAML file, or the name of one in configs/"),
     ("--env", "env.name", "NAME", "environment: alfworld"),
     ("--model", "model.name", "NAME", "nano, smollm2, qwen2.5-1.5b, qwen2.5-3b, qwen2.5-7b, a local folder or a hub id"),
-    ("--algo", "algo.name", "NAME", "advantage function: grpo"),
+    ("--algo", "algo.name", "NAME", "grpo, rloo, gigpo, rlvmr, nthr, ppo; vanilla and reflection evaluate without training"),
     ("--gcd", "gcd.enabled", None, "train the policy to judge its own actions, too"),
     ("--suggest", "gcd.suggest", None, "put golden rules into the training prompts"),
     ("--steps", "steps", "N", "training iterations"),
@@ -121,9 +121,11 @@ def train(args: argparse.Namespace, faults: list[str]) -> int:
 
     from gcdlite import checkpoint, policy
     from gcdlite import train as loop
+    from gcdlite.coldstart import require_tag_data
     from gcdlite.view.dashboard import Dashboard, closing_table
 
     policy.resolve(config.model.name)  # a missing model is told before games are generated
+    require_tag_data(config)
     announce(config, folder, settings, f"{games}: {root}" if root else games)
     try:
         with Dashboard(config, history=runlog.read_lines(folder / "events.jsonl")) as dashboard:
@@ -376,8 +378,10 @@ def announce(config: Config, folder: Path, settings: str, games: str) -> None:
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {threads(config)} threads; with a CUDA GPU: --model qwen2.5-1.5b",
         "games": games + ("; for the real ones: alfworld-download, or set ALFWORLD_DATA" if games.endswith("generated") else ""),
         "method": config.algo.name
-        + (f" + gcd, labeller {config.gcd.labeller}" if config.gcd.enabled else "; --gcd adds the judgment task"),
-        "size": f"{config.steps} iterations of {config.rollout.groups} games x {config.rollout.group_size} episodes, seed {config.seed}",
+        + (f" + gcd, labeller {config.gcd.labeller}" if config.gcd.enabled else "; --gcd adds the judgment task" if config.iterations else ""),
+        "size": f"{config.iterations} iterations of {config.rollout.groups} games x {config.rollout.group_size} episodes, seed {config.seed}"
+        if config.iterations
+        else f"evaluation only, without training; seed {config.seed}",
         "folder": str(folder),
     }
     print(f"gcdlite {__version__}")

@@ -1,4 +1,4 @@
-"""Everything a run needs to go on, written atomically: adapter, optimizer, iteration, random states, turn pool."""
+"""Everything a run needs to go on, written atomically: adapter, optimizer, critic, iteration, random states, turn pool."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from gcdlite.critic import Critic
 from gcdlite.policy import Policy
 from gcdlite.records import LabelledTurn, UserError
 
@@ -32,7 +33,7 @@ class State:
         return cls(dice=random.Random(seed), rng=torch.Generator().manual_seed(seed))
 
 
-def save(folder: Path, policy: Policy, optimizer: Any, schedule: Any, state: State) -> Path:
+def save(folder: Path, policy: Policy, optimizer: Any, schedule: Any, state: State, critic: Critic | None = None) -> Path:
     """Write folder/checkpoints/iteration-N, whole or not at all.
 
     Raises UserError when the disk does not take it; the earlier checkpoint is untouched then.
@@ -55,6 +56,7 @@ def save(folder: Path, policy: Policy, optimizer: Any, schedule: Any, state: Sta
                 "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
                 "pool": state.pool,
                 "seconds": state.seconds,
+                "critic": critic.state_dict() if critic else None,
             },
             scratch / "state.pt",
         )
@@ -98,11 +100,13 @@ def read_state(path: Path) -> dict[str, Any]:
         raise UserError(f"the checkpoint {path} cannot be read: {type(error).__name__}") from None
 
 
-def restore(path: Path, optimizer: Any, schedule: Any) -> State:
+def restore(path: Path, optimizer: Any, schedule: Any, critic: Critic | None = None) -> State:
     """Put a checkpoint's optimizer and random states back; the adapter was loaded by `Policy(config, adapter=…)`."""
     saved = read_state(path)
     optimizer.load_state_dict(saved["optimizer"])
     schedule.load_state_dict(saved["schedule"])
+    if critic:
+        critic.load_state_dict(saved["critic"])
     torch.set_rng_state(saved["torch"])
     if saved["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(saved["cuda"])

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,13 +29,14 @@ from gcdlite.config import Config
 from gcdlite.envs import closing
 from gcdlite.envs.alfworld import generated_root, split_intro
 from gcdlite.envs.alfworld.engine import Game
-from gcdlite.envs.alfworld.experts import Expert, Prior, type_of
+from gcdlite.envs.alfworld.experts import Expert, Goal, Prior, type_of
 from gcdlite.envs.alfworld.games import IN_DOMAIN, OUT_OF_DOMAIN, find_games
 from gcdlite.gcd.labels import verdict
 from gcdlite.nano import build_model, build_tokenizer
 from gcdlite.policy import Policy, load_tokenizer, resolve
-from gcdlite.records import Task
+from gcdlite.records import Task, UserError
 
+MADE = "made.json"  # how weights were made, in their folder
 SHORT_LIST = 6  # commands listed in nano's first lessons
 
 
@@ -55,6 +57,7 @@ class Style:
     history: int = 2
     max_turns: int = 30
     commands: int | None = None  # how many admissible commands to list; None: all, as the agent will see them
+    tags: bool = False  # rlvmr: thoughts name their kind
 
     def listed(self, admissible: Sequence[str], needed: str, rng: random.Random) -> list[str]:
         """The list to show: for a first lesson it is cut, but never by the command that is needed."""
@@ -109,26 +112,50 @@ def expert_examples(
         description, text = split_intro(seen.text)
         expert = Expert(description, prior, style.history)
         wild = rng.random() * 2 * deviate  # some episodes go nearly straight, others are a mess
-        last = None
+        last, failed, tried = None, False, set()
         for taken in range(style.max_turns):
             history = expert.pairs[-style.history :] if style.history else []
             thought, command = expert.act(text, seen.admissible)
+            tag = reasoning_tag(command, last, failed, tried) if style.tags else "think"
+            if tag == "planning" and not taken:
+                thought = f"{outline(expert.goal)} {thought}"
             listed = style.listed(seen.admissible, command, rng)
-            prompt = prompts.turn_prompt(style.prompt, description, taken, history, text, listed)
-            yield Example(prompt, prompts.answer(thought, command), "expert")
+            prompt = prompts.turn_prompt(style.prompt, description, taken, history, text, listed, tags=style.tags)
+            yield Example(prompt, prompts.answer(thought, command, tag), "expert")
             if judge and rng.random() < judge:
-                judged = judgment_example(game, seen, prompt, thought, command, expert.goal.obj, last, style, rng)
+                judged = judgment_example(game, seen, prompt, thought, command, expert.goal.obj, last, style, rng, tag)
                 if judged:
                     yield judged
             action = deviation(seen.admissible, last, rng) if rng.random() < wild else command
             expert.remember(text, action)
+            failed = action not in seen.admissible
+            tried.add(action)
             seen = game.step(action)
             text, last = seen.text, action
             if seen.done:
                 break
 
 
-def judgment_example(game, seen, prompt, thought, command, thing, last, style: Style, rng: random.Random) -> Example | None:
+def reasoning_tag(command: str, last: str | None, failed: bool, tried: set[str]) -> str:
+    """The kind of an expert's thought, for rlvmr: `reflection` after a command that failed, `planning` at the start and
+    when something was achieved, `explore` where it goes or looks for the first time, `monitor` on the rest of the way.
+    """
+    if failed:
+        return "reflection"
+    if last is None or last.split()[0] in ("take", "clean", "heat", "cool"):
+        return "planning"
+    return "explore" if command.split()[0] in ("go", "open", "examine", "look") and command not in tried else "monitor"
+
+
+def outline(goal: Goal) -> str:
+    """The steps of a task in one sentence: what the first thought of an expert with tags begins with."""
+    if goal.kind == "light":
+        return f"plan: find {goal.obj}, take it, use {goal.recep}."
+    between = "" if goal.kind in ("place", "two") else f" {goal.kind} it,"
+    return f"plan: find {goal.obj}, take it,{between} put it in {goal.recep}{', twice' if goal.kind == 'two' else ''}."
+
+
+def judgment_example(game, seen, prompt, thought, command, thing, last, style: Style, rng: random.Random, tag: str) -> Example | None:
     """A turn to judge, with the oracle's verdict and the expert's reasons; None when the oracle has no opinion."""
     action, why = command, thought
     if rng.random() < 0.6:
@@ -139,7 +166,7 @@ def judgment_example(game, seen, prompt, thought, command, thing, last, style: S
     if value is None:
         return None
     rate = rng.choice((10, 20, 30, 40, 50, 60, 70, 80, 90)) / 100
-    question = prompts.judge_prompt(style.prompt, prompt, prompts.answer(why, action), rate)
+    question = prompts.judge_prompt(style.prompt, prompt, prompts.answer(why, action, tag), rate)
     return Example(question, _judged(thought, command, action, value), "judgment")
 
 
@@ -241,7 +268,7 @@ def main(config: Config, folder: Path) -> None:
 
 def adapter(config: Config, folder: Path) -> None:
     """Train a fresh LoRA adapter on expert play and judgments; `model.adapter=folder/adapter` starts RL from it."""
-    cfg, dice = config.coldstart, random.Random(config.seed)
+    cfg, dice, started = config.coldstart, random.Random(config.seed), time.perf_counter()
     with closing(envs.make(config)) as pool:
         tasks = pool.tasks("train")
     examples = _expert_lessons(config, tasks, make_prior(tasks, 500, dice), dice)
@@ -254,7 +281,9 @@ def adapter(config: Config, folder: Path) -> None:
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     policy.save_adapter(folder / "adapter")
-    print(f"adapter: {folder / 'adapter'}; train from it with: python run.py model.adapter={folder / 'adapter'}")
+    (folder / "adapter" / MADE).write_text(json.dumps(_made(config, started), indent=1) + "\n")
+    chosen = "--algo rlvmr " if config.algo.tagged else ""
+    print(f"adapter: {folder / 'adapter'}; train from it with: python run.py {chosen}model.adapter={folder / 'adapter'}")
 
 
 def from_scratch(config: Config, folder: Path) -> None:
@@ -281,15 +310,34 @@ def from_scratch(config: Config, folder: Path) -> None:
     target = folder / "model"
     model.half().save_pretrained(target)
     tokenizer.save_pretrained(target)
-    made = {
+    made = _made(config, started) | {"parameters": sum(p.numel() for p in model.parameters())}
+    (target / MADE).write_text(json.dumps(made, indent=1) + "\n")
+    print(f"model: {target}")
+
+
+def _made(config: Config, started: float) -> dict[str, Any]:
+    """How an adapter or model was made; lies beside it."""
+    return {
         "command": " ".join(["python", *sys.argv]),
         "seed": config.seed,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "tags": config.algo.tagged,
         "minutes": round((time.perf_counter() - started) / 60, 1),
-        "coldstart": cfg.model_dump(),
+        "coldstart": config.coldstart.model_dump(),
     }
-    (target / "made.json").write_text(json.dumps(made, indent=1) + "\n")
-    print(f"model: {target}")
+
+
+def require_tag_data(config: Config) -> None:
+    """Raises UserError when rlvmr would start from weights whose cold start had no tags: it could only reward noise."""
+    if not config.algo.tagged:
+        return
+    for folder in filter(None, (config.model.adapter, resolve(config.model.name))):
+        made = Path(folder) / MADE
+        if made.is_file() and json.loads(made.read_text()).get("tags"):
+            return
+    make, then = f"--model {config.model.name} --out DIR", "model.adapter=DIR/adapter"
+    if config.coldstart.from_scratch:  # nano has never read the tags: only training its embeddings, too, can teach it to write them
+        make, then = f"--config nano coldstart.start={config.model.name} --out DIR", "--config nano --model DIR/model"
+    raise UserError(f"rlvmr needs weights that know its tags: python run.py coldstart --algo rlvmr {make}, then --algo rlvmr {then}")
 
 
 def _expert_lessons(config: Config, tasks: Sequence[Task], prior: Prior, dice: random.Random) -> list[Example]:
@@ -313,7 +361,8 @@ def _train(config: Config, model: nn.Module, tokenizer, phases: Sequence[Sequenc
 def _style(config: Config, commands: int | None = None) -> Style:
     """How the run's own prompts look."""
     window = config.env.history_length
-    return Style(config.model.prompt, config.env.max_turns if window == "full" else window, config.env.max_turns, commands)
+    history = config.env.max_turns if window == "full" else window
+    return Style(config.model.prompt, history, config.env.max_turns, commands, config.algo.tagged)
 
 
 def laps(tasks: Sequence[Task], dice: random.Random) -> Iterable[Task]:

@@ -73,9 +73,52 @@ class Reward(Section):
     inadmissible: Rate = Field(0.0, description="cost of a well-formed action that the engine does not admit (ours; 0 in the papers)")
 
 
+# Which fields of `algo` each algorithm reads.
+ALGO_FIELDS = {
+    "grpo": ("norm_over",),
+    "rloo": (),
+    "gigpo": ("norm_over", "gamma", "omega", "step_norm"),
+    "rlvmr": ("norm_over", "meta_weight"),
+    "nthr": ("norm_over", "beta"),
+    "ppo": ("gae_gamma", "gae_lambda", "value_rate", "value_coef", "value_clip"),
+    "vanilla": (),
+    "reflection": (),
+}
+UNTRAINED = ("vanilla", "reflection")
+
+
 class Algo(Section):
-    name: Literal["grpo"] = Field("grpo", description="the advantage function")
-    norm_over: Literal["episodes", "turns"] = Field("episodes", description="what the group's mean and std run over")
+    name: Literal["grpo", "rloo", "gigpo", "rlvmr", "nthr", "ppo", "vanilla", "reflection"] = Field(
+        "grpo", description="the advantage function; vanilla and reflection evaluate without training"
+    )
+    norm_over: Literal["episodes", "turns"] = Field("episodes", description="what the mean and std of a group's rewards run over")
+    gamma: Share = Field(0.95, description="gigpo: discount of the reward, a turn")
+    omega: Rate = Field(1.0, description="gigpo: weight of the advantage inside anchor groups")
+    step_norm: Literal["std", "mean"] = Field("std", description="gigpo: anchor groups divide by their std, or only take their mean off")
+    meta_weight: Rate = Field(1.0, description="rlvmr: weight of the advantage from meta-reasoning rewards")
+    beta: Rate = Field(1.0, description="nthr: factor on the threshold above which a token of a lost episode is punished less")
+    gae_gamma: Share = Field(1.0, description="ppo: discount, a response token")
+    gae_lambda: Share = Field(1.0, description="ppo: lambda of generalised advantage estimation; 1: return - V")
+    value_rate: Annotated[float, Field(gt=0)] = Field(1.0, description="ppo: the critic's learning rate, in units of update.lr")
+    value_coef: Annotated[float, Field(gt=0)] = Field(0.5, description="ppo: factor on the critic's loss")
+    value_clip: Annotated[float, Field(gt=0)] = Field(0.2, description="ppo: furthest that an update may usefully move a value")
+
+    @model_validator(mode="after")
+    def _only_what_is_used(self) -> Algo:
+        reads = ALGO_FIELDS[self.name]
+        faults = []
+        for name, field in type(self).model_fields.items():
+            if name != "name" and name not in reads and getattr(self, name) != field.default:
+                owners = [owner for owner, fields in ALGO_FIELDS.items() if name in fields]
+                faults.append(f"{name} is for {', '.join(owners)}, and {self.name} does not read it: take it out, or choose --algo {owners[0]}")
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    @property
+    def tagged(self) -> bool:
+        """Whether the agent names the kind of each thought, which rlvmr rewards."""
+        return self.name == "rlvmr"
 
 
 class Update(Section):
@@ -96,6 +139,7 @@ class Gcd(Section):
     enabled: bool = Field(False, description="train the policy to judge its own actions, too")
     labeller: str = Field("rules", description="who labels turns good or bad: rules, oracle, or several joined by +")
     turns: Annotated[int, Field(ge=2)] = Field(30, description="labelled turns judged an iteration, half good and half bad")
+    balance: bool = Field(True, description="as many good as bad turns; false: as they come, which teaches the judge the commoner verdict")
     group_size: Annotated[int, Field(ge=2)] = Field(8, description="judgments sampled for each of them")
     weight: Rate = Field(1.0, description="lambda in L = L_GRPO + lambda L_GCD")
     update: Literal["joint", "separate"] = Field("joint", description="one optimizer step for both losses, or one each")
@@ -157,6 +201,17 @@ class Config(Section):
     gcd: Gcd = Field(default_factory=Gcd)
     eval: Eval = Field(default_factory=Eval)
     coldstart: Coldstart = Field(default_factory=Coldstart)
+
+    @model_validator(mode="after")
+    def _nothing_to_judge(self) -> Config:
+        if self.algo.name in UNTRAINED and self.gcd.enabled:
+            raise ValueError(f"--algo {self.algo.name} does not train, so there is nothing for --gcd to add: leave one of them out")
+        return self
+
+    @property
+    def iterations(self) -> int:
+        """Training iterations of this run: `steps`, or 0 for what is only evaluated."""
+        return 0 if self.algo.name in UNTRAINED else self.steps
 
 
 def nearest(word: str, known: Any) -> str:
@@ -273,7 +328,7 @@ def _explain(errors: list[Any]) -> list[str]:
     given: dict[str, Any] = {}
     for error in errors:
         loc = error["loc"]
-        where = ".".join(str(p) for p in loc[:2]) if len(loc) > 1 else str(loc[0])
+        where = ".".join(str(p) for p in loc[:2])  # empty where it is the combination of sections that is wrong
         if error["type"] == "extra_forbidden":
             messages[where] = [f"unknown key{nearest_key(where)}"]
         else:
@@ -282,8 +337,9 @@ def _explain(errors: list[Any]) -> list[str]:
     lines = []
     for where, found in messages.items():
         value = given.get(where, {})
-        shown = "" if isinstance(value, dict) else f" (got {value!r})"  # a section's content would fill the screen
-        lines.append(f"{where}: {', or: '.join(dict.fromkeys(found))}{shown}")
+        # A section's content would fill the screen.
+        shown = "" if isinstance(value, dict | BaseModel) else f" (got {value!r})"
+        lines.append(f"{where}{': ' if where else ''}{', or: '.join(dict.fromkeys(found))}{shown}")
     return lines
 
 

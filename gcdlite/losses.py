@@ -22,6 +22,17 @@ def clipped_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tens
     return torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
 
 
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
+    """max((V - R)^2, (clamp(V, V_old - clip, V_old + clip) - R)^2): a critic's loss that does not pay for moving further
+    than `clip` from what it said before (the public PPO implementations; not in the paper). All (N,), one a token.
+
+    >>> clipped_value_loss(torch.tensor([0.5]), torch.tensor([0.0]), torch.tensor([1.0]), 0.2)   # (0.2 - 1)^2
+    tensor([0.6400])
+    """
+    near = old_values + (values - old_values).clamp(-clip, clip)
+    return torch.maximum((values - returns) ** 2, (near - returns) ** 2)
+
+
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Schulman's k3 estimate of KL(policy || reference), a token: e^d - d - 1 with d = log ref - log policy. (N,) -> (N,)
 

@@ -298,10 +298,9 @@ def logprobs(
     if temperature <= 0:
         raise UserError(f"log-probs need a temperature above 0, not {temperature} (for greedy samples use 1)")
     model = backbone.plain(model)
-    kinds = backbone.windows(model)
+    backbone.windows(model)  # refuses attention of other kinds, which the check below could not run
     _check_head(model)
-    with backbone.folded(model), backbone.shared_heads(model):
-        states = _hidden(model, pack, kinds)  # (N, h)
+    states = hidden_states(model, pack)  # (N, h)
     head = model.get_output_embeddings()
     targets = pack.targets.to(states.device)
 
@@ -325,6 +324,16 @@ def logprobs(
         entropy=torch.cat([p[1] for p in parts]) if entropy else None,
         hidden=states if hidden else None,
     )
+
+
+def hidden_states(model: nn.Module, pack: Pack) -> Tensor:
+    """The last hidden states (N, h), what lm_head reads, at the token before each response token; differentiable.
+
+    Raises UserError as `logprobs` does.
+    """
+    model = backbone.plain(model)
+    with backbone.folded(model), backbone.shared_heads(model):
+        return _hidden(model, pack, backbone.windows(model))
 
 
 def _hidden(model: nn.Module, pack: Pack, kinds: dict[str, int | None]) -> Tensor:

@@ -44,6 +44,35 @@ SLOTS = {
     },
 }
 
+# rlvmr: the thought names its kind. In this order the first tag found decides which kind a turn is.
+TAGS = ("planning", "explore", "reflection", "monitor")
+
+TAG_INSTRUCTIONS = {
+    "full": (
+        "In place of <think>, use the tag that names the kind of your reasoning, and close it in the same way: "
+        "<planning> lays out which steps the task still needs; <explore> looks for something not seen yet; "
+        "<reflection> finds out why the last command failed and what to do in its place; "
+        "<monitor> checks where the plan stands and takes its next step."
+    ),
+    "brief": "For think write planning, explore, reflection or monitor.",
+}
+
+# The reflection baseline: a second look at one's own draft.
+REFLECT = {
+    "full": (
+        "Below are the message that you were given and the answer that you have drafted. Look for mistakes in the draft: does the "
+        "command follow from what was observed, does it bring the task closer, has it been tried in vain before? "
+        "Write what you find between <think> and </think>. "
+        "Then write the command to send, that of the draft or a better one, between <action> and </action>."
+    ),
+    "brief": "Check the draft. Answer <think>what is wrong</think><action>command</action>",
+}
+
+REFLECT_SLOTS = {
+    "full": ("===== The message", "===== Your draft"),
+    "brief": ("Prompt:", "Draft:"),
+}
+
 JUDGE = {
     "full": (
         "An agent works through household tasks, one command a turn; lately it finished {rate}% of them. "
@@ -61,7 +90,7 @@ JUDGE_SLOTS = {
     "brief": ("Prompt:", "Answer:"),
 }
 
-_TAG = {tag: re.compile(rf"<{tag}>(.*?)</{tag}>", re.DOTALL) for tag in ("think", "action", "advice")}
+_TAG = {tag: re.compile(rf"<{tag}>(.*?)</{tag}>", re.DOTALL) for tag in ("think", *TAGS, "action", "advice")}
 _BOXED = re.compile(r"\\boxed\{\s*([^}]*?)\s*\}")
 
 
@@ -73,14 +102,17 @@ def turn_prompt(
     observation: str,
     admissible: Sequence[str],
     suggestions: str = "",
+    tags: bool = False,
 ) -> str:
-    """The user message of one turn.
+    """The user message of one turn; with `tags` (rlvmr) the thought must name its kind.
 
     `history` holds the earlier (observation, action) pairs to show, oldest first; an empty one has no block.
     `help` is left out of the admissible commands: it only repeats how commands are spelled.
     """
     s = SLOTS[style]
     lines = [INSTRUCTIONS[style]]
+    if tags:
+        lines.append(TAG_INSTRUCTIONS[style])
     if suggestions:
         lines += [s["suggestions"], suggestions]
     lines += [s["task"] + task, f"{s['turns']}{turns_taken}"]
@@ -94,9 +126,9 @@ def turn_prompt(
     return "\n".join(lines)
 
 
-def answer(thought: str, action: str) -> str:
+def answer(thought: str, action: str, tag: str = "think") -> str:
     """A well-formed response; experts speak through it."""
-    return f"<think>{thought}</think><action>{action}</action>"
+    return f"<{tag}>{thought}</{tag}><action>{action}</action>"
 
 
 def parse_response(text: str) -> tuple[str, bool]:
@@ -107,6 +139,22 @@ def parse_response(text: str) -> tuple[str, bool]:
     """
     action = _first("action", text).lower()
     return action, not action or not _first("think", text)
+
+
+def parse_tagged(text: str) -> tuple[str, bool, str]:
+    """(action, malformed, tag) of a response to a prompt with tags.
+
+    The first of TAGS, in their order, that encloses something is the turn's tag; "" without one, which is malformed.
+    """
+    action = _first("action", text).lower()
+    tag = next((t for t in TAGS if _first(t, text)), "")
+    return action, not action or not tag, tag
+
+
+def reflect_prompt(style: str, prompt: str, draft: str) -> str:
+    """The user message that asks for a second, final answer to a turn's prompt, given the first one."""
+    asked, given = REFLECT_SLOTS[style]
+    return f"{REFLECT[style]}\n{asked}\n{prompt}\n{given}\n{draft}"
 
 
 def judge_prompt(style: str, prompt: str, response: str, success_rate: float) -> str:

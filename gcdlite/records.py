@@ -59,6 +59,7 @@ class Turn:
     plan_after: int | None = None
     revealed: bool = False
     bare_prompt: str = ""  # the prompt's text without the suggestion block: what the judge is shown
+    tag: str = ""  # rlvmr only: the kind of reasoning that the answer names; "" without one
 
 
 @dataclass

@@ -12,6 +12,7 @@ from gcdlite.config import Config
 from gcdlite.envs.base import Pool
 from gcdlite.policy import Policy
 from gcdlite.records import Episode, Group, Observation, Task, Turn
+from gcdlite.sampling import Completion
 
 HARMLESS = "nothing"  # sent for a malformed turn without an action: no engine knows it, so it only costs the turn
 
@@ -46,14 +47,20 @@ def play(
     episodes = [Episode(task, o.description, error=o.error) for task, o in zip(tasks, observations)]
     while active := [i for i, o in enumerate(observations) if o is not None and not o.done]:
         turns = [_ask(policy, episodes[i], observations[i], config, suggestions) for i in active]
-        answers = policy.generate(
-            [t.prompt_ids for t in turns], max_new_tokens=config.rollout.max_new_tokens, temperature=temperature, rng=rng
-        )
+        answers = _answers(policy, turns, config, temperature, rng)
+        if config.algo.name == "reflection":  # our reading of the paper's baseline: draft, then criticise and revise
+            for turn, draft in zip(turns, answers):
+                text = prompts.reflect_prompt(config.model.prompt, turn.bare_prompt, policy.decode(draft.ids))
+                turn.prompt_ids = policy.encode(text)
+            answers = _answers(policy, turns, config, temperature, rng)
         actions: list[str | None] = [None] * len(tasks)
         for i, turn, answer in zip(active, turns, answers):
             turn.response_ids, turn.logprobs = answer.ids, answer.logprobs
             turn.response = policy.decode(answer.ids)
-            turn.action, turn.malformed = prompts.parse_response(turn.response)
+            if config.algo.tagged:
+                turn.action, turn.malformed, turn.tag = prompts.parse_tagged(turn.response)
+            else:
+                turn.action, turn.malformed = prompts.parse_response(turn.response)
             turn.action = turn.action or HARMLESS
             turn.is_admissible = turn.action in turn.admissible
             actions[i] = turn.action
@@ -70,6 +77,11 @@ def play(
     return episodes
 
 
+def _answers(policy: Policy, turns: Sequence[Turn], config: Config, temperature: float, rng: torch.Generator) -> list[Completion]:
+    """What the policy writes after the turns' prompts."""
+    return policy.generate([t.prompt_ids for t in turns], max_new_tokens=config.rollout.max_new_tokens, temperature=temperature, rng=rng)
+
+
 def _ask(policy: Policy, episode: Episode, observation: Observation, config: Config, suggestions: str) -> Turn:
     """The turn that this observation begins: its prompt is ready, its answer still empty."""
     window = config.env.history_length
@@ -78,8 +90,9 @@ def _ask(policy: Policy, episode: Episode, observation: Observation, config: Con
 
     def text(history, suggestions: str) -> str:
         return prompts.turn_prompt(
-            config.model.prompt, episode.description, len(episode.turns), history, observation.text, observation.admissible, suggestions
-        )
+            config.model.prompt, episode.description, len(episode.turns), history, observation.text, observation.admissible,
+            suggestions, config.algo.tagged,
+        )  # fmt: skip
 
     ids = policy.encode(text(history, suggestions))
     while len(ids) > config.rollout.max_prompt_tokens and history:

@@ -10,8 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gcdlite import advantages, checkpoint, envs, plan
-from gcdlite.config import Config
+from gcdlite import advantages, checkpoint, coupling, envs, plan
+from gcdlite.advantages import TokenRows
+from gcdlite.coldstart import require_tag_data
+from gcdlite.config import ALGO_FIELDS, Config
+from gcdlite.critic import Critic
 from gcdlite.envs import closing
 from gcdlite.envs.base import Pool
 from gcdlite.evaluate import evaluate
@@ -30,26 +33,31 @@ def train(config: Config, folder: Path, listeners: Sequence[Listener] = (), resu
     A new run starts from the seed; a resumed one goes on exactly where its last checkpoint stood: same tasks, same
     samples, same parameters as if it had never stopped. After Ctrl-C or a crash, at most the running iteration is lost.
     """
+    require_tag_data(config)
     saved = checkpoint.latest(folder) if resume else None
     with closing(envs.make(config)) as pool:
         train_tasks = pool.tasks("train")
         policy = Policy(config, adapter=saved / "adapter" if saved else None)
         plan.fit(policy)
         optimizer, schedule = make_optimizer(policy, config)
-        state = checkpoint.restore(saved, optimizer, schedule) if saved else checkpoint.State.seeded(config.seed)
+        critic = Critic(policy, config) if config.algo.name == "ppo" else None
+        state = checkpoint.restore(saved, optimizer, schedule, critic) if saved else checkpoint.State.seeded(config.seed)
         log = RunLog.resume(folder, state.iteration, listeners) if resume else RunLog.create(folder, config, listeners)
         started = time.perf_counter()
 
         if state.iteration == 0:
-            checkpoint.save(folder, policy, optimizer, schedule, state)
+            checkpoint.save(folder, policy, optimizer, schedule, state, critic)
         evaluate_when_due(policy, pool, config, log, state.iteration)
 
-        for iteration in range(state.iteration, config.steps):
+        for iteration in range(state.iteration, config.iterations):
             clock = Clock(log, iteration + 1)
 
             with clock("rollout"):
                 groups, metrics = collect(policy, pool, tasks_of(iteration, train_tasks, config), config, state.rng)
-            samples = policy_samples(groups, config)
+            with clock("advantage"):
+                features, stats = features_of(policy, critic, groups, config)
+                samples = policy_samples(groups, config, features)
+            metrics |= stats
             metrics["groups/zero_variance"] = advantages.zero_variance(groups)
 
             if config.gcd.enabled:
@@ -60,6 +68,7 @@ def train(config: Config, folder: Path, listeners: Sequence[Listener] = (), resu
 
             with clock("update"):
                 metrics |= update(policy, samples, optimizer, schedule, config, state.dice)
+                metrics |= critic.update(samples, state.dice) if critic else {}
             metrics |= {"rollout/rows": policy.rows, "update/token_budget": policy.token_budget}
 
             state.iteration = iteration + 1
@@ -67,7 +76,7 @@ def train(config: Config, folder: Path, listeners: Sequence[Listener] = (), resu
             metrics |= clock.seconds | {"time/iteration": clock.total, "lr": schedule.get_last_lr()[0]}
             log.episodes(iteration + 1, "train", shown(groups))
             log.emit(iteration + 1, "train", metrics)
-            checkpoint.save(folder, policy, optimizer, schedule, state)
+            checkpoint.save(folder, policy, optimizer, schedule, state, critic)
             evaluate_when_due(policy, pool, config, log, iteration + 1)
 
         policy.save_adapter(folder / "adapter")
@@ -89,13 +98,37 @@ def tasks_of(iteration: int, tasks: Sequence[Task], config: Config) -> list[Task
     return chosen
 
 
-def policy_samples(groups: Sequence[Group], config: Config) -> list[Sample]:
+def features_of(
+    policy: Policy, critic: Critic | None, groups: Sequence[Group], config: Config
+) -> tuple[list[TokenRows | None] | None, dict[str, float]]:
+    """What the algorithm must ask the model beside the episodes, one number a response token, and metrics of it.
+
+    nthr: scores from hidden states, None for a group that was won or lost as a whole. ppo: values. Others: nothing.
+    """
+    if critic:
+        return critic.values(groups), {}
+    if config.algo.name != "nthr":
+        return None, {}
+    found = [coupling.scores(policy, g, config) if 0 < g.success < 1 else None for g in groups]
+    scored = [(g, rows) for g, rows in zip(groups, found) if rows]
+    marks = [m for g, (rows, _) in scored for e in advantages.damped(g, rows, config.algo.beta) for turn in e for m in turn]
+    stats = {"nthr/groups": len(scored)}
+    if scored:
+        stats |= {"nthr/damped": sum(marks) / len(marks), "nthr/left_out": sum(left for _, (_, left) in scored) / len(scored)}
+    return [rows and rows[0] for rows in found], stats
+
+
+def policy_samples(groups: Sequence[Group], config: Config, features: Sequence[TokenRows | None] | None = None) -> list[Sample]:
     """One sample a turn, with the configured algorithm's advantages."""
-    reward = config.reward
+    name, reward = config.algo.name, config.reward
     malformed, inadmissible = reward.malformed * reward.success, reward.inadmissible * reward.success
-    advantage = advantages.ALGORITHMS[config.algo.name]
-    values = [advantage(g, malformed, inadmissible, config.algo.norm_over) for g in groups]
-    return advantages.policy_samples(groups, values)
+    options = {field: getattr(config.algo, field) for field in ALGO_FIELDS[name] if not field.startswith("value_")}
+    per_group = [{"features": rows} for rows in features] if features is not None else [{}] * len(groups)
+    advantage = advantages.ALGORITHMS[name]
+    samples = advantages.policy_samples(groups, [advantage(g, malformed, inadmissible, **options, **of) for g, of in zip(groups, per_group)])
+    if name == "ppo":
+        advantages.give_targets(samples, features)
+    return samples
 
 
 def judge_turns(
@@ -105,7 +138,7 @@ def judge_turns(
     cfg = config.gcd
     fresh = label(advantages.all_episodes(groups), cfg.labeller, cfg.uninformative, iteration)
     stats: dict[str, float] = {"gcd/labels_good": sum(t.label for t in fresh), "gcd/labels_bad": sum(not t.label for t in fresh)}
-    targets = judging.select(fresh, state.pool, cfg.turns, state.dice)
+    targets = judging.select(fresh, state.pool, cfg.turns, state.dice, cfg.balance)
     stats["gcd/selected"] = len(targets)
     recent = [t for t in state.pool if t.iteration > iteration - cfg.pool]
     state.pool = keep(recent, fresh, cfg.turns, cfg.pool, state.dice)
@@ -142,7 +175,7 @@ def evaluate_when_due(policy: Policy, pool: Pool, config: Config, log: RunLog, i
     What the log already holds is not done again; what an interruption cut off is.
     """
     cfg = config.eval
-    due = iteration == config.steps or (cfg.before if iteration == 0 else bool(cfg.every) and iteration % cfg.every == 0)
+    due = iteration == config.iterations or (cfg.before if iteration == 0 else bool(cfg.every) and iteration % cfg.every == 0)
     if not due or any(e["phase"] == "eval" and e["iteration"] == iteration for e in log.events()):
         return
     clock = Clock(log, iteration)
@@ -181,7 +214,7 @@ def summarise(config: Config, log: RunLog, training_seconds: float, wall_seconds
     steps = [e for e in events if e["phase"] == "train"]
     levels: dict[str, Any] = {}
     for level in config.eval.levels:
-        for when, event in (("before", evals[0] if evals and evals[0]["iteration"] == 0 else None), ("after", evals[-1] if evals else None)):
+        for when, event in (("before", evals[0] if len(evals) > 1 and evals[0]["iteration"] == 0 else None), ("after", evals[-1] if evals else None)):
             if event:
                 name = f"eval/{level}"
                 keys = {"success": name, "low": f"{name}/low", "high": f"{name}/high", "n": f"{name}/n", "judge": f"{name}/judge_balanced_accuracy"}
@@ -189,7 +222,7 @@ def summarise(config: Config, log: RunLog, training_seconds: float, wall_seconds
     summary = {
         "environment": config.env.name, "protocol": config.env.protocol, "model": config.model.name,
         "algorithm": config.algo.name, "gcd": config.gcd.enabled, "labeller": config.gcd.labeller if config.gcd.enabled else None,
-        "seed": config.seed, "steps": config.steps, "eval_temperature": config.eval.temperature,
+        "seed": config.seed, "steps": config.iterations, "eval_temperature": config.eval.temperature,
         "inadmissible_cost": config.reward.inadmissible, "levels": levels,
         "training_success_first": steps[0]["rollout/success"] if steps else None,
         "training_success_last": steps[-1]["rollout/success"] if steps else None,

@@ -24,9 +24,12 @@ STREAMS = ("policy", "judgment")
 def make_optimizer(policy: Policy, config: Config) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """AdamW over the adapter, and a learning rate that is constant after `update.warmup` optimizer steps."""
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.update.lr, weight_decay=config.update.weight_decay)
-    warmup = config.update.warmup
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
-    return optimizer, schedule
+    return optimizer, warmed_up(optimizer, config.update.warmup)
+
+
+def warmed_up(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """A learning rate that rises linearly for `steps` optimizer steps, and is constant then."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (steps + 1)))
 
 
 def update(

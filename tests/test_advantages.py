@@ -1,17 +1,20 @@
 """Advantages against hand-worked numbers and a slow version of the formula."""
 
 import math
+import random
 
 import pytest
 
-from gcdlite.advantages import grpo, normalise, policy_samples, zero_variance
+from gcdlite.advantages import (
+    damped, gae, gigpo, give_targets, grpo, meta_rewards, normalise, nthr, policy_samples, ppo, rloo, rlvmr, turn_cost, zero_variance,
+)  # fmt: skip
 from gcdlite.records import Episode, Group, Task, Turn
 
 TASK = Task("t", "pick_and_place_simple", "t")
 
 
-def turn(tokens=3, malformed=False, admissible=True):
-    return Turn("seen", [], [1, 2], list(range(tokens)), [-0.5] * tokens, "text", "look", malformed, admissible)
+def turn(tokens=3, malformed=False, admissible=True, seen="seen", action="look", tag=""):
+    return Turn(seen, [], [1, 2], list(range(tokens)), [-0.5] * tokens, "text", action, malformed, admissible, tag=tag)
 
 
 def episode(reward, *turns):
@@ -62,3 +65,203 @@ def test_samples_carry_their_own_turn():
 def test_zero_variance_counts_groups():
     flat, mixed = Group(TASK, [episode(0.0), episode(0.0)]), Group(TASK, [episode(1.0), episode(0.0)])
     assert zero_variance([flat, mixed, flat]) == 2
+
+
+# --- the other algorithms, by hand
+
+
+def rounded(rows, digits=4):
+    return [[round(v, digits) for v in row] for row in rows]
+
+
+def test_rloo_by_hand():
+    # rewards 1 1 0: the others' means are 1/2, 1/2, 1
+    group = Group(TASK, [episode(1.0, turn(), turn(malformed=True)), episode(1.0, turn()), episode(0.0, turn(admissible=False))])
+    assert rounded(rloo(group, 0.01, 0.25)) == [[0.5, 0.49], [0.5], [-1.25]]
+    assert rloo(Group(TASK, [episode(1.0, turn())]), 0.0, 0.0) == [[0.0]]
+
+
+def test_gigpo_by_hand():
+    # gamma 1/2: step returns 1/2 1 and 0 0. Anchor group a: 1/2 0 0, mean 1/6, std sqrt((1/9 + 2/36) / 2) = 0.288675;
+    # b is alone. GRPO of the rewards 1 and 0: +-0.707107.
+    group = Group(TASK, [episode(1.0, turn(seen="a"), turn(seen="b")), episode(0.0, turn(seen="a"), turn(seen="a"))])
+    assert rounded(gigpo(group, 0.0, 0.0, gamma=0.5)) == [[1.8618, 0.7071], [-1.2845, -1.2845]]
+    assert rounded(gigpo(group, 0.0, 0.0, gamma=0.5, omega=2.0, step_norm="mean")) == [[1.3738, 0.7071], [-1.0404, -1.0404]]
+    assert rounded(gigpo(group, 0.0, 0.0, omega=0.0)) == rounded(grpo(group, 0.0, 0.0))
+
+
+def test_gigpo_anchors_stay_in_the_group_and_look_at_the_text_only():
+    one = Group(TASK, [episode(1.0, turn(seen="a")), episode(0.0, turn(seen="b"))])
+    assert gigpo(one, 0.0, 0.0) == grpo(one, 0.0, 0.0)  # no two turns saw the same
+
+
+def test_gigpo_costs_count_in_both_parts():
+    # One observation, no rewards: the step returns are 0 and -0.01 (mean -0.005, std 0.00707), and the turn pays once more.
+    group = Group(TASK, [episode(0.0, turn(), turn(malformed=True))])
+    a = 0.005 / (0.01 / math.sqrt(2) + 1e-6)
+    assert gigpo(group, 0.01, 0.0)[0] == pytest.approx([a, -a - 0.01])
+
+
+def test_meta_rewards_by_hand():
+    won = episode(
+        1.0,
+        turn(tag="planning", action="go"),
+        turn(tag="explore", action="look"),
+        turn(tag="explore", action="look"),  # taken before
+        turn(tag="reflection", action="open"),  # the turn before did not fail
+        turn(tag="monitor", action="shut", admissible=False),
+        turn(tag="reflection", action="shut", admissible=False),  # the same action again
+        turn(tag="reflection", action="go"),
+        turn(tag="explore", action="take", malformed=True),
+        turn(tag="explore", action="take"),  # the turn before was malformed: it does not count as taken
+        turn(tag="planning", action="x", malformed=True),
+        turn(tag="reflection", action="y"),
+    )
+    assert meta_rewards(won) == [1, 1, 0, 0, 0, 0, 1, 0, 1, 0, 1]
+    assert meta_rewards(episode(0.0, turn(tag="planning"), turn(tag="planning"))) == [0, 0]  # a plan is judged by its end
+    assert meta_rewards(episode(0.0, turn(tag="reflection", action="x"))) == [0]  # there is nothing yet to reflect on
+
+
+def test_rlvmr_by_hand():
+    # Tag planning: rewards 1 (won) and 0 (lost), so +-0.7071 beside GRPO's; explore: 1 and 0; monitor: all 0.
+    group = Group(
+        TASK,
+        [
+            episode(1.0, turn(tag="planning", action="a"), turn(tag="explore", action="b"), turn(tag="monitor", action="c")),
+            episode(0.0, turn(tag="planning", action="a"), turn(tag="explore", action="a"), turn(tag="", malformed=True)),
+        ],
+    )
+    assert rounded(rlvmr(group, 0.01, 0.0)) == [[1.4142, 1.4142, 0.7071], [-1.4142, -1.4142, -0.7171]]
+    assert rounded(rlvmr(group, 0.01, 0.0, meta_weight=0.5))[0] == [1.0607, 1.0607, 0.7071]
+    alone = Group(TASK, [episode(1.0, turn(tag="planning")), episode(0.0, turn(tag="explore", action="z"))])
+    assert rlvmr(alone, 0.0, 0.0) == grpo(alone, 0.0, 0.0)
+
+
+def test_nthr_by_hand():
+    # p = 1/4, eta = 1/2. Won turns' means are 2 and 1, tau = 1 (beta 1): only scores above 1 in lost episodes are halved.
+    group = Group(TASK, [episode(1.0, turn(2), turn(1)), *(episode(0.0, turn(3)) for _ in range(3))])
+    scores = [[[1.0, 3.0], [1.0]], [[0.5, 1.0, 1.5]], [[9.0, -9.0, 9.0]], [[0.0] * 3]]
+    values = nthr(group, 0.0, 0.0, scores)
+    assert [[rounded([t])[0] for t in row] for row in values] == [
+        [[1.5, 1.5], [1.5]], [[-0.5, -0.5, -0.25]], [[-0.25, -0.5, -0.25]], [[-0.5] * 3],
+    ]  # fmt: skip
+    assert damped(group, scores, 9.0)[2] == [[False] * 3] and damped(group, scores, -1.0)[3] == [[True] * 3]
+    half = Group(TASK, [episode(1.0, turn(1)), episode(0.0, turn(1))])
+    assert nthr(half, 0.0, 0.0, [[[0.0]], [[1.0]]])[1] == [[0.0]]  # p = 1/2: such tokens are not punished at all
+
+
+def test_nthr_without_scores_is_grpo():
+    lost = Group(TASK, [episode(0.0, turn(2), turn(1, malformed=True)), episode(0.0, turn(1))])
+    assert nthr(lost, 0.01, 0.0, None) == [[[0.0, 0.0], [-0.01]], [[0.0]]]
+
+
+def test_ppo_by_hand():
+    # One episode of 2 + 1 tokens, won; the first turn is malformed. Rewards 0 -0.01 | 1, returns 0.99 0.99 | 1.
+    group = Group(TASK, [episode(1.0, turn(2, malformed=True), turn(1)), episode(0.0)])
+    values = [[[0.2, 0.4], [0.5]], []]
+    found = ppo(group, 0.01, 0.0, values)
+    assert [v for turn_ in found[0] for v in turn_] == pytest.approx([0.79, 0.59, 0.5]) and found[1] == []
+    # lambda 0 is the one-step error: 0 + .4 - .2, -.01 + .5 - .4, 1 - .5
+    assert [v for t in ppo(group, 0.01, 0.0, values, 1.0, 0.0)[0] for v in t] == pytest.approx([0.2, 0.09, 0.5])
+
+
+def test_targets_come_before_whitening():
+    group = Group(TASK, [episode(1.0, turn(2), turn(1))])
+    values = [[[0.2, 0.4], [0.5]]]
+    samples = policy_samples([group], [ppo(group, 0.0, 0.0, values)])
+    give_targets(samples, [values])
+    assert [s.returns for s in samples] == [pytest.approx([1.0, 1.0]), pytest.approx([1.0])]
+    assert [s.old_values for s in samples] == values[0]
+    flat = [a for s in samples for a in s.advantages]  # 0.8 0.6 0.5: mean 0.6333, std 0.1528
+    assert flat == pytest.approx([1.0911, -0.2182, -0.8729], abs=1e-3) and [len(s.advantages) for s in samples] == [2, 1]
+
+
+# --- and against slow versions written from the formulas, on random groups
+
+
+def random_group(dice):
+    def random_turn():
+        return turn(
+            dice.randint(1, 3), dice.random() < 0.2, dice.random() < 0.8, dice.choice("abc"), dice.choice(["go", "look", "open"]),
+            dice.choice(["planning", "explore", "reflection", "monitor"]),
+        )  # fmt: skip
+
+    return Group(TASK, [episode(float(dice.random() < 0.5), *(random_turn() for _ in range(dice.randint(1, 6)))) for _ in range(4)])
+
+
+def slow_normalised(value, others, std=True):
+    n = len(others)
+    if n < 2 or max(others) - min(others) < 1e-8:
+        return 0.0
+    mean = sum(others) / n
+    return (value - mean) / (math.sqrt(sum((o - mean) ** 2 for o in others) / (n - 1)) + 1e-6 if std else 1.0)
+
+
+def slow_value(name, group, i, t, options):
+    """Advantage of turn t of episode i, straight from the formula."""
+    e, c, d = group.episodes[i], 0.01, 0.1
+    rewards = [x.reward for x in group.episodes]
+    own = turn_cost(e.turns[t], c, d)
+    if name == "rloo":
+        rest = [r for j, r in enumerate(rewards) if j != i]
+        return e.reward - sum(rest) / len(rest) - own
+    value = slow_normalised(e.reward, rewards) - own
+    if name == "gigpo":
+
+        def step(x, k):
+            future = [x.reward if s == len(x.turns) - 1 else 0.0 for s in range(k, len(x.turns))]
+            return sum(r * options["gamma"] ** s for s, r in enumerate(future)) - turn_cost(x.turns[k], c, d)
+
+        same = [step(x, k) for x in group.episodes for k, u in enumerate(x.turns) if u.observation == e.turns[t].observation]
+        value += options["omega"] * slow_normalised(step(e, t), same, options["step_norm"] == "std")
+    if name == "rlvmr":
+
+        def meta(x, k):
+            u = x.turns[k]
+            if u.malformed:
+                return 0.0
+            if u.tag == "planning":
+                return float(x.won)
+            if u.tag == "explore":
+                return float(all(b.malformed or b.action != u.action for b in x.turns[:k]))
+            if u.tag == "reflection" and k:
+                b = x.turns[k - 1]
+                return float((b.malformed or not b.is_admissible) and b.action != u.action)
+            return 0.0
+
+        if not e.turns[t].malformed:
+            same = [
+                meta(x, k) for x in group.episodes for k, u in enumerate(x.turns) if not u.malformed and u.tag == e.turns[t].tag
+            ]
+            value += options["meta_weight"] * slow_normalised(meta(e, t), same)
+    return value
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options"),
+    [
+        (grpo, {}),
+        (rloo, {}),
+        (gigpo, {"gamma": 0.9, "omega": 0.7, "step_norm": "std"}),
+        (gigpo, {"gamma": 0.5, "omega": 1.0, "step_norm": "mean"}),
+        (rlvmr, {"meta_weight": 0.6}),
+    ],
+)
+def test_algorithms_equal_the_slow_formulas(algorithm, options):
+    for seed in range(30):
+        group = random_group(random.Random(seed))
+        found = algorithm(group, 0.01, 0.1, **options)
+        for i, e in enumerate(group.episodes):
+            wanted = [slow_value(algorithm.__name__, group, i, t, options) for t in range(len(e.turns))]
+            assert found[i] == pytest.approx(wanted, abs=1e-9)
+
+
+def test_gae_equals_the_double_sum():
+    dice = random.Random(0)
+    for gamma, lam in ((1.0, 1.0), (0.9, 0.8), (1.0, 0.0)):
+        n = 6
+        rewards, values = [dice.random() for _ in range(n)], [dice.random() for _ in range(n)] + [0.0]
+        deltas = [rewards[k] + gamma * values[k + 1] - values[k] for k in range(n)]
+        wanted = [sum((gamma * lam) ** (j - k) * deltas[j] for j in range(k, n)) for k in range(n)]
+        assert gae(rewards, values[:n], gamma, lam) == pytest.approx(wanted)
+    assert gae(rewards, values[:n], 1.0, 1.0) == pytest.approx([sum(rewards[k:]) - values[k] for k in range(n)])

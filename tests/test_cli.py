@@ -432,6 +432,15 @@ def summary(**changes):
     } | changes  # fmt: skip
 
 
+def test_what_is_only_evaluated_says_so():
+    config = settings(algo={"name": "reflection"}, gcd={"enabled": False})
+    shown = text_of(picture(state_after(EVENTS[:2], config), 150, 30, None), 150, 30)
+    assert "0/0  finished" in shown and "our reading" in shown
+    shown = text_of(closing_table(summary(algorithm="reflection", labeller=None, steps=0)), 150, None)
+    assert "our reading" in shown and "0 iterations" in shown
+    assert "vanilla (the model as it is)" in text_of(closing_table(summary(algorithm="vanilla", labeller=None)), 100, None)
+
+
 def test_the_closing_table():
     shown = text_of(closing_table(summary()), 100, None)
     for part in ("protocol single", "Qwen2.5-1.5B-Instruct", "grpo + gcd (rules labels)", "seed 3", "greedily",

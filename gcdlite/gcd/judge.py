@@ -17,12 +17,16 @@ from gcdlite.policy import Policy
 from gcdlite.records import Judgment, LabelledTurn, Sample
 
 
-def select(fresh: Sequence[LabelledTurn], pool: Sequence[LabelledTurn], turns: int, rng: random.Random) -> list[LabelledTurn]:
+def select(
+    fresh: Sequence[LabelledTurn], pool: Sequence[LabelledTurn], turns: int, rng: random.Random, balance: bool = True
+) -> list[LabelledTurn]:
     """As many good as bad turns: k = min(turns // 2, good, bad) of each; [] when one class is empty.
 
     Turns of this iteration come first; the pool of earlier ones only fills up what is missing. Judging mostly bad
-    turns would teach the judge to say "bad" to everything.
+    turns would teach the judge to say "bad" to everything; without `balance` that can be seen: `turns` of any class.
     """
+    if not balance:
+        return [t for turns_of in (fresh, pool) for t in rng.sample(list(turns_of), len(turns_of))][:turns]
     chosen = {}
     for value in (1, 0):
         new = [t for t in fresh if t.label == value]

@@ -82,8 +82,8 @@ class State:
         recent = [s for s in self.series("time/iteration")[-5:] if s is not None]
         if not recent:
             return None
-        config, left = self.config, self.config.steps - self.done
-        due = [i for i in range(self.done, config.steps + 1) if i not in self.evals and (i == config.steps or is_due(i, config))]
+        config, left = self.config, self.config.iterations - self.done
+        due = [i for i in range(self.done, config.iterations + 1) if i not in self.evals and (i == config.iterations or is_due(i, config))]
         evaluation = max((e.get("time/eval") or 0.0 for e in self.evals.values()), default=0.0)
         return left * statistics.median(recent) + len(due) * evaluation
 
@@ -153,6 +153,12 @@ def curve(values: Sequence[float | None], width: int, height: int, length: int) 
 # --- the picture
 
 
+WITHOUT_TRAINING = {
+    "vanilla": "vanilla (the model as it is)",
+    "reflection": "reflection (draft, critique, revision in one turn: our reading, the papers do not define it)",
+}
+
+
 def method(config: Config) -> str:
     """The algorithm in words. With the engine's own knowledge as labels it is an upper bound, and never called GCD."""
     return method_name(config.algo.name, config.gcd.labeller if config.gcd.enabled else None)
@@ -160,7 +166,7 @@ def method(config: Config) -> str:
 
 def method_name(algorithm: str, labeller: str | None) -> str:
     if labeller is None:
-        return algorithm
+        return WITHOUT_TRAINING.get(algorithm, algorithm)
     return f"{algorithm} + judge on {labeller} labels (upper bound)" if "oracle" in labeller else f"{algorithm} + gcd ({labeller} labels)"
 
 
@@ -206,14 +212,14 @@ def header(state: State, width: int, now: float | None) -> RenderableType:
         overflow="ellipsis",
     )
     if now is None:
-        doing = "finished" if state.done >= config.steps else "stopped"
+        doing = "finished" if state.done >= config.iterations else "stopped"
     else:
         doing = f"{state.phase} {clock(now - state.since)}" if state.phase else "loading"
-    right = f" {state.done}/{config.steps}  {doing}"
+    right = f" {state.done}/{config.iterations}  {doing}"
     if now is not None and state.began is not None:
         right += f"  run {clock(now - state.began)}  left {clock(state.seconds_left())}"
     room = max(4, width - len(right) - 1)
-    full = round(room * state.done / config.steps)
+    full = round(room * state.done / config.iterations) if config.iterations else 0
     bar = Text(" ").append("━" * full, "green").append("━" * (room - full), "bright_black").append(right)
     return Group(title, Text.assemble(bar, no_wrap=True, overflow="crop"))
 
@@ -228,7 +234,7 @@ def success_panel(state: State, width: int, height: int) -> Panel:
     tall = height - 2
     if tall > 0:
         marks = {0: "1.0", tall - 1: "0.0"} | ({tall // 2: "0.5"} if tall > 4 and tall % 2 else {})
-        for row, line in enumerate(curve(values, max(1, width - 4), tall, state.config.steps)):
+        for row, line in enumerate(curve(values, max(1, width - 4), tall, state.config.iterations)):
             text.append(f"\n{marks.get(row, ''):>3} ", "dim")
             for bar in line:  # where the columns leave room, a guide line at each mark
                 text.append("┄" if bar == " " and row in marks else bar, "bright_black" if bar == " " else "green")
@@ -437,7 +443,7 @@ def plain_line(event: Event, state: State) -> str | None:
         )
     if "episode" in event:
         return None
-    place = f"{event['iteration']}/{state.config.steps}"
+    place = f"{event['iteration']}/{state.config.iterations}"
     get = event.get
     if event["phase"] == "eval":
         parts = [f"{level} {with_interval(of_event(event, level)).plain}" + judge_part(event, level) for level in state.config.eval.levels]

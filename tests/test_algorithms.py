@@ -1,0 +1,248 @@
+"""Every algorithm in the whole loop, with and without the judgment task, by settings only; and what is refused."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from gcdlite import coldstart, envs, rollout
+from gcdlite import train as loop
+from gcdlite.advantages import ALGORITHMS
+from gcdlite.config import ALGO_FIELDS, UNTRAINED, Algo, check, load
+from gcdlite.envs.alfworld.games import level_tasks
+from gcdlite.gcd.judge import select
+from gcdlite.policy import Policy
+from gcdlite.prompts import TAGS, parse_response, parse_tagged, turn_prompt
+from gcdlite.records import Group, LabelledTurn, Turn, UserError
+from gcdlite.runlog import read_lines
+from gcdlite.sampling import Completion
+
+
+def adapter_of(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def tag_data(games_root, small_model, tmp_path_factory):
+    """An adapter from a (tiny) cold start with tags."""
+    folder = tmp_path_factory.mktemp("tags")
+    config = check({"env": {"data": str(games_root), "max_turns": 4}, "model": {"name": str(small_model), "prompt": "brief"},
+                    "lora": {"r": 4, "alpha": 8}, "algo": {"name": "rlvmr"},
+                    "coldstart": {"trajectories": 1, "judgments": 1, "epochs": 1}})  # fmt: skip
+    coldstart.main(config, folder)
+    return folder / "adapter"
+
+
+@pytest.fixture
+def tiny(small_config):
+    """One iteration, and no evaluation but a short one at the end."""
+    small_config.steps, small_config.eval.before, small_config.eval.limit, small_config.eval.judge_turns = 1, False, 1, 0
+    small_config.update.warmup = 0
+    return small_config
+
+
+def lucky(monkeypatch):
+    """Let every second episode of a group be won: an untrained model wins nothing, and nothing is learned from that."""
+    collect = loop.collect
+
+    def rigged(*args):
+        groups, metrics = collect(*args)
+        for group in groups:
+            for episode in group.episodes[::2]:
+                episode.won, episode.reward = True, 1.0
+        return groups, metrics
+
+    monkeypatch.setattr(loop, "collect", rigged)
+
+
+@pytest.mark.parametrize("gcd", [False, True], ids=["alone", "gcd"])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_each_trains_with_and_without_gcd(tiny, tag_data, monkeypatch, tmp_path, name, gcd):
+    tiny.algo.name, tiny.gcd.enabled = name, gcd
+    if name == "rlvmr":
+        tiny.model.adapter = str(tag_data)
+    lucky(monkeypatch)
+    summary = loop.train(tiny, tmp_path / "run")
+    assert summary["algorithm"] == name and summary["gcd"] == gcd
+    (event,) = [e for e in read_lines(tmp_path / "run" / "events.jsonl") if e["phase"] == "train"]
+    assert event["grad_norm"] > 0 and event["steps_skipped"] == 0 and ("gcd/selected" in event) == gcd
+    assert ("nthr/damped" in event) == (name == "nthr") and ("loss/value" in event) == (name == "ppo")
+    assert any(v.abs().max() > 0 for k, v in adapter_of(tmp_path / "run").items() if "lora_B" in k)
+
+
+@pytest.mark.parametrize("name", ["ppo", "nthr"])
+def test_resuming_equals_never_stopping(tiny, monkeypatch, tmp_path, name):
+    tiny.algo.name, tiny.steps = name, 2
+    lucky(monkeypatch)
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    loop.train(tiny, straight)
+
+    class Stop(Exception):
+        pass
+
+    def pull_the_plug(event):
+        if event.get("begins") == "update" and event["iteration"] == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        loop.train(tiny, stopped, [pull_the_plug])
+    loop.train(tiny, stopped, resume=True)
+    last = [[e for e in read_lines(f / "events.jsonl") if e["phase"] == "train"][-1] for f in (straight, stopped)]
+    for key in ("loss/policy", "grad_norm", "kl", *(["loss/value", "value/explained"] if name == "ppo" else ["nthr/damped"])):
+        assert last[0][key] == last[1][key]
+    a, b = adapter_of(straight), adapter_of(stopped)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("name", UNTRAINED)
+def test_without_training_there_is_an_evaluation_and_nothing_else(tiny, tmp_path, name):
+    tiny.algo.name, tiny.gcd.enabled, tiny.steps = name, False, 7
+    summary = loop.train(tiny, tmp_path / "run")
+    events = read_lines(tmp_path / "run" / "events.jsonl")
+    assert [(e["iteration"], e["phase"]) for e in events] == [(0, "eval")]
+    assert summary["steps"] == 0 and summary["levels"]["L0"].keys() == {"after"} and summary["levels"]["L0"]["after"]["n"] == 1
+    assert all(v.abs().max() == 0 for k, v in adapter_of(tmp_path / "run").items() if "lora_B" in k)
+
+
+def test_reflection_plays_its_second_answer(small_config):
+    small_config.algo.name, small_config.env.max_turns = "reflection", 1
+    policy, pool = Policy(small_config), envs.make(small_config)
+    asked = []
+
+    def generate(prompts, **_):
+        asked.append([policy.decode(p) for p in prompts])
+        command = "look" if len(asked) == 1 else "inventory"
+        ids = policy.tokenizer(f"<think>{len(asked)}</think><action>{command}</action>", add_special_tokens=False)["input_ids"]
+        return [Completion(ids, [-1.0] * len(ids)) for _ in prompts]
+
+    policy.generate = generate
+    (episode,) = rollout.play(policy, pool, pool.tasks("train")[:1], small_config, torch.Generator(), 0.0)
+    (turn,) = episode.turns
+    assert turn.action == "inventory" and len(asked) == 2
+    assert turn.bare_prompt in asked[0][0] and turn.bare_prompt in asked[1][0] and "<action>look</action>" in asked[1][0]
+    assert policy.decode(turn.prompt_ids) == asked[1][0] and parse_response(turn.response) == ("inventory", False)
+
+
+# --- rlvmr's tags
+
+
+@pytest.mark.parametrize(
+    ("text", "action", "malformed", "tag"),
+    [
+        ("<planning>x</planning><action>Look</action>", "look", False, "planning"),
+        ("<monitor>x</monitor><explore>y</explore><action>look</action>", "look", False, "explore"),  # by order of TAGS
+        ("<planning> </planning><reflection>y</reflection><action>look</action>", "look", False, "reflection"),
+        ("<think>x</think><action>look</action>", "look", True, ""),
+        ("<explore>x</explore>", "", True, "explore"),
+        ("<explore>x<action>look</action>", "look", True, ""),
+    ],
+)
+def test_tagged_responses(text, action, malformed, tag):
+    assert parse_tagged(text) == (action, malformed, tag)
+
+
+@pytest.mark.parametrize("style", ["full", "brief"])
+def test_only_rlvmr_is_told_of_tags(style):
+    plain, tagged = (turn_prompt(style, "find it", 0, [], "a room", ["look"], tags=tags) for tags in (False, True))
+    assert all(tag in tagged for tag in TAGS) and not any(tag in plain for tag in TAGS)
+
+
+def test_the_rollout_asks_for_tags_and_records_them(small_config):
+    small_config.algo.name, small_config.env.max_turns = "rlvmr", 2
+    policy, pool = Policy(small_config), envs.make(small_config)
+
+    def generate(prompts, **_):
+        assert all("reflection" in policy.decode(p) for p in prompts)
+        ids = policy.tokenizer("<explore>x</explore><action>look</action>", add_special_tokens=False)["input_ids"]
+        return [Completion(ids, [-1.0] * len(ids)) for _ in prompts]
+
+    policy.generate = generate
+    (episode,) = rollout.play(policy, pool, pool.tasks("train")[:1], small_config, torch.Generator(), 1.0)
+    assert [(t.tag, t.malformed, t.action) for t in episode.turns] == [("explore", False, "look")] * 2
+
+
+def test_experts_with_tags_say_what_they_do(games_root):
+    tasks = level_tasks(games_root, "train", "single")[:12]
+    style, dice = coldstart.Style(tags=True), random.Random(0)
+    prior = coldstart.make_prior(tasks, 12, dice)
+    examples = list(coldstart.expert_examples(tasks, prior, style, dice, deviate=0.3, judge=0.2))
+    plays = [e for e in examples if e.kind == "expert"]
+    tags = [parse_tagged(e.response) for e in plays]
+    assert not any(malformed for _, malformed, _ in tags)
+    counts = {tag: sum(t == tag for *_, t in tags) for tag in TAGS}
+    assert all(counts.values()), counts
+    for example, (_, _, tag) in zip(plays, tags):
+        failed = "\nNow: Nothing happens." in example.prompt
+        assert failed <= (tag == "reflection") and "For think write" in example.prompt
+        assert "\nTurn 0\n" not in example.prompt or (tag == "planning" and "plan: find" in example.response)
+    judged = [e for e in examples if e.kind == "judgment"]
+    assert judged and all("<think>" not in e.prompt.rsplit("Answer:", 1)[1] for e in judged)
+
+
+# --- what is refused
+
+
+def test_rlvmr_without_tag_data_is_refused_before_anything_is_written(tiny, tmp_path, small_model):
+    tiny.algo.name = "rlvmr"
+    with pytest.raises(UserError, match=r"coldstart --algo rlvmr --model \S+ .*model.adapter=") as refused:
+        loop.train(tiny, tmp_path / "run")
+    assert len(str(refused.value).splitlines()) == 1 and not (tmp_path / "run").exists()
+    tiny.coldstart.from_scratch = True
+    with pytest.raises(UserError, match=r"coldstart --algo rlvmr --config nano coldstart.start=\S+ .*--model DIR/model"):
+        coldstart.require_tag_data(tiny)
+    (tmp_path / "tagged").mkdir()
+    (tmp_path / "tagged" / "config.json").write_text("{}")
+    (tmp_path / "tagged" / "made.json").write_text(json.dumps({"tags": True}))
+    coldstart.require_tag_data(tiny.model_copy(update={"model": tiny.model.model_copy(update={"name": str(tmp_path / "tagged")})}))
+    plain = Policy(tiny)
+    plain.save_adapter(tmp_path / "plain")
+    (tmp_path / "plain" / "made.json").write_text(json.dumps({"tags": False}))
+    tiny.model.adapter = str(tmp_path / "plain")
+    with pytest.raises(UserError, match="know its tags"):
+        coldstart.require_tag_data(tiny)
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        (["algo.name=vanilla", "gcd.enabled=true"], ["--algo vanilla", "--gcd", "leave one of them out"]),
+        (["algo.name=rloo", "algo.omega=0.5"], ["algo: omega is for gigpo", "rloo does not read it", "--algo gigpo"]),
+        (["algo.name=ppo", "algo.norm_over=turns"], ["norm_over is for grpo, gigpo, rlvmr, nthr", "ppo does not"]),
+        (["algo.name=grop"], ["algo.name:", "'gigpo'", "'grop'"]),
+        (["algo.gamma=1.5", "algo.name=gigpo"], ["algo.gamma:", "less than or equal to 1", "1.5"]),
+    ],
+)
+def test_combinations_without_meaning_are_one_line(settings, parts):
+    with pytest.raises(UserError) as refused:
+        load(None, settings)
+    line = str(refused.value)
+    assert len(line.splitlines()) == 1 and all(part in line for part in parts), line
+
+
+def test_every_field_belongs_to_an_algorithm():
+    assert set(ALGO_FIELDS) == {*ALGORITHMS, *UNTRAINED}
+    assert {f for fields in ALGO_FIELDS.values() for f in fields} == set(Algo.model_fields) - {"name"}
+
+
+def test_unbalanced_selection_takes_turns_as_they_come():
+    def labelled(value, n, iteration=1):
+        return [LabelledTurn(Turn("", [], [1], [2], [0.0], "", "", False, True), value, "rules", iteration) for _ in range(n)]
+
+    fresh, pool = labelled(0, 6), labelled(1, 30, 0)
+    chosen = select(fresh, pool, 10, random.Random(0), balance=False)
+    assert [t.label for t in chosen] == [0] * 6 + [1] * 4
+    assert len(select(fresh, [], 10, random.Random(0), balance=False)) == 6 and select(fresh, [], 10, random.Random(0)) == []
+    assert select(labelled(1, 4) + labelled(0, 4), [], 4, random.Random(0), False) != select(labelled(1, 4), [], 4, random.Random(0), False)
+
+
+def test_groups_without_a_winner_and_a_loser_are_not_scored(small_config, monkeypatch):
+    small_config.algo.name = "nthr"
+    monkeypatch.setattr(loop.coupling, "scores", lambda *_: pytest.fail("nothing to score"))
+    policy, pool = Policy(small_config), envs.make(small_config)
+    groups, _ = rollout.collect(policy, pool, pool.tasks("train")[:1], small_config, torch.Generator().manual_seed(0))
+    features, stats = loop.features_of(policy, None, groups, small_config)
+    assert features == [None] and stats == {"nthr/groups": 0}
+    assert all(isinstance(g, Group) for g in groups) and loop.policy_samples(groups, small_config, features)
