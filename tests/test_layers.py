@@ -13,7 +13,7 @@ FLOORS = [
     ["prompts", "envs"],
     ["backbone", "sampling", "packing", "policy"],
     ["rollout", "advantages", "losses"],
-    ["gcd", "update", "evaluate"],
+    ["gcd", "update", "evaluate", "agreement"],
     ["nano", "coldstart", "checkpoint", "plan", "analysis"],
     ["train"],
     ["sweep", "doctor"],
