@@ -10,6 +10,7 @@ from gcdlite import agreement, envs
 from gcdlite.gcd import votes
 from gcdlite.gcd.labels import label
 from gcdlite.policy import Policy
+from gcdlite.prompts import judge_prompt
 from gcdlite.records import Episode, Task, Turn
 from gcdlite.rollout import play
 
@@ -90,9 +91,10 @@ def test_self_is_the_reference_and_not_the_trained_policy(small_config):
         policy.decode = own
         said.append(texts)
 
-    def greedy():
-        prompts = [t.prompt_ids for t in episode.turns]
-        return [c.ids for c in policy.generate(prompts, max_new_tokens=6, temperature=0.0, rng=torch.Generator())]
+    def greedy(policy=policy):
+        """What the policy itself judges: with the head of the votes' prompts, which is kept between calls."""
+        ids = [policy.encode(judge_prompt("brief", t.bare_prompt, t.response, 0.5)) for t in episode.turns]
+        return [(c.ids, c.logprobs) for c in policy.generate(ids, max_new_tokens=6, temperature=0.0, rng=torch.Generator())]
 
     vote()
     with torch.no_grad():
@@ -103,8 +105,7 @@ def test_self_is_the_reference_and_not_the_trained_policy(small_config):
     vote()
     assert len(said[0]) == 5 * len(episode.turns) and said[0] == said[1]  # training moved the policy, not its votes
     assert greedy() == before  # and what the reference computed is not taken for the policy's
-    fresh = Policy(small_config)
-    assert [c.ids for c in fresh.generate([t.prompt_ids for t in episode.turns], max_new_tokens=6, temperature=0.0, rng=torch.Generator())] != before
+    assert greedy(Policy(small_config)) != before
 
 
 def test_votes_of_the_reference_are_read_turn_by_turn(small_config):
