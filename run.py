@@ -221,7 +221,10 @@ def labels(args: argparse.Namespace, faults: list[str]) -> int:
     """Precision and recall of every labeller against the oracle; adds a line to labels.jsonl."""
     folder = Path(args.source)
     is_run = folder.is_dir()
-    faults = [*faults, *(f"--{name} {value}: at least {least}" for name, value, least in (("games", args.games, 0), ("turns", args.turns, 1)) if value < least)]
+    if args.games < 0:
+        faults = [*faults, f"--games {args.games}: at least 0, which means all"]
+    if args.turns < 1:
+        faults = [*faults, f"--turns {args.turns}: at least 1"]
     if is_run:
         config = of_run(folder, args.settings, faults, free=("eval.", "api.", "env.data"))
     else:
