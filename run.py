@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 
 try:
     from gcdlite import __version__
-    from gcdlite.config import CONFIG_DIR, Config, dump, find_config, known_keys, load, nearest, nearest_key, threads
+    from gcdlite.config import CONFIG_DIR, Config, check_labeller, dump, find_config, known_keys, load, nearest, nearest_key, threads
     from gcdlite.records import UserError
 except ModuleNotFoundError as error:
     print(f"gcdlite: the package {error.name} is missing: pip install -r requirements.txt", file=sys.stderr)
@@ -95,6 +95,16 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibrate", action="store_true", help="time a minute of the run on this machine and print its hours")
 
 
+def add_labels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="RUN_OR_CONFIG", help="a run folder (its newest adapter plays), or a config (its model plays)")
+    parser.add_argument("--labellers", metavar="LIST", help="names, or several joined by +, with commas between (default: all that can be asked here)")
+    parser.add_argument("--level", default="train", metavar="NAME", help="train, L0, L1, L2 or L2s (default: %(default)s)")
+    parser.add_argument("--games", type=int, default=64, metavar="N", help="games to play, stratified by type; 0: all (default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=200, metavar="N", help="turns that api and self are asked about (default: %(default)s)")
+    parser.add_argument("--out", metavar="DIR", help="where labels.json goes (default: the run folder, where one is given)")
+    add_settings(parser, "section.field=value")
+
+
 def add_games(parser: argparse.ArgumentParser) -> None:
     usual = Config().env
     parser.add_argument("--out", required=True, metavar="DIR", help="where json_2.1.1 is written")
@@ -111,7 +121,9 @@ def train(args: argparse.Namespace, faults: list[str]) -> int:
 
     from gcdlite import runlog
     from gcdlite.envs.alfworld.games import data_root
+    from gcdlite.gcd import api
 
+    api.check(config)
     if not args.resume:
         runlog.check_free(folder)
     root, games = data_root(config.env.data)
@@ -214,6 +226,57 @@ def watch(args: argparse.Namespace, faults: list[str]) -> int:
     return 0
 
 
+def labels(args: argparse.Namespace, faults: list[str]) -> int:
+    """Precision and recall of every labeller against the oracle; adds a line to labels.jsonl."""
+    folder = Path(args.source)
+    is_run = folder.is_dir()
+    if args.games < 0:
+        faults = [*faults, f"--games {args.games}: at least 0, which means all"]
+    if args.turns < 1:
+        faults = [*faults, f"--turns {args.turns}: at least 1"]
+    if is_run:
+        config = of_run(folder, args.settings, faults, free=("eval.", "api.", "env.data"))
+    else:
+        config = load(find_config(args.source), args.settings, None, faults)
+    names = args.labellers.split(",") if args.labellers else ["rules", "self", *(["api", "rules+api"] if config.api.model else [])]
+    for name in names:
+        try:
+            check_labeller(name)
+        except ValueError as error:
+            raise UserError(f"--labellers: {error}") from None
+
+    from gcdlite.gcd.api import Api
+    from gcdlite.gcd.votes import voters
+
+    api = Api(config.api) if "api" in voters("+".join(names)) else None
+    prepare(config)
+
+    from rich.console import Console
+
+    from gcdlite import envs
+    from gcdlite.agreement import measure
+    from gcdlite.envs.alfworld.games import data_root
+    from gcdlite.policy import Policy
+    from gcdlite.view.dashboard import labeller_table
+
+    adapter, which = newest_adapter(folder) if is_run else (None, "the model as it is")
+    games = "generated" if data_root(config.env.data)[0] is None else "on disk"
+    print(f"{which} of {args.source} plays {args.games or 'all'} games of {args.level} ({games})", flush=True)
+    config.gcd.ask = args.turns
+    with envs.closing(envs.make(config)) as pool:
+        rows, stats = measure(Policy(config, adapter=adapter), pool, config, names, args.level, args.games, api)
+    about = {"command": " ".join(["python", *sys.argv]), "source": args.source, "adapter": which, "level": args.level, "games_are": games}
+    about |= {"protocol": config.env.protocol, "seed": config.seed, "votes": config.gcd.votes, "agree": config.gcd.agree}
+    record = about | stats | {"rows": rows}
+    out = Path(args.out) if args.out else folder if is_run else None
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        with open(out / "labels.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    Console(highlight=False).print(labeller_table(record))
+    return 0
+
+
 def games(args: argparse.Namespace, faults: list[str]) -> int:
     """Generate ALFWorld games."""
     stop_on(faults)
@@ -263,6 +326,7 @@ COMMANDS = {
     "coldstart": (coldstart, add_run_flags, "supervised training before RL"),
     "eval": (evaluate, add_eval, "evaluate a run's newest adapter"),
     "watch": (watch, add_watch, "play one game with a run's adapter, turn by turn"),
+    "labels": (labels, add_labels, "precision and recall of the labellers against the oracle"),
     "games": (games, add_games, "generate ALFWorld games"),
     "plan": (plan, add_plan, "what fits on which card, and how long a run takes"),
     "doctor": (doctor, lambda parser: None, "what works on this machine, and what to install"),
@@ -302,7 +366,7 @@ def chosen(args: argparse.Namespace, faults: list[str]) -> tuple[Path, Config, s
         value = getattr(section, field)
         if value and Path(value).is_dir():  # the run folder must be good from any other working folder, too
             setattr(section, field, str(Path(value).resolve()))
-    name = f"{config.env.name}-{Path(config.model.name).name.lower()}-{config.algo.name}{'+gcd' if config.gcd.enabled else ''}"
+    name = f"{config.env.name}-{Path(config.model.name).name.lower()}-{config.algo.name}{'+gcd' if config.gcd.enabled else ''}{'_sugg' if config.gcd.suggest else ''}"
     folder = config.out or Path("runs") / f"{name}-s{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     return Path(folder), config, f"{file.name}, {why}"
 
@@ -327,13 +391,16 @@ def resumed(args: argparse.Namespace, faults: list[str]) -> tuple[Path, Config, 
     return folder, config, f"those of the run, which goes on after iteration {done}"
 
 
-def of_run(folder: Path, settings: list[str], faults: list[str], flags: dict[str, Any] | None = None) -> Config:
+def of_run(
+    folder: Path, settings: list[str], faults: list[str], flags: dict[str, Any] | None = None, free: tuple[str, ...] = ("eval.",)
+) -> Config:
     """The settings of a run folder, of which only how it is evaluated may change. Raises UserError with all faults."""
     file = folder / "config.yaml"
     if not file.is_file():
         raise UserError(f"{folder} is no run folder: it has no config.yaml")
-    fixed = [s.partition("=")[0] for s in settings if not s.startswith("eval.")]
-    return load(file, settings, flags, [*faults, *(f"{name} cannot change: the run has its own; only eval.* can" for name in fixed)])
+    fixed = [s.partition("=")[0] for s in settings if not s.startswith(free)]
+    can = " and ".join(f"{name}*" if name.endswith(".") else name for name in free)
+    return load(file, settings, flags, [*faults, *(f"{name} cannot change: the run has its own; only {can} can" for name in fixed)])
 
 
 def newest_adapter(folder: Path) -> tuple[Path, str]:
@@ -378,7 +445,8 @@ def announce(config: Config, folder: Path, settings: str, games: str) -> None:
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {threads(config)} threads; with a CUDA GPU: --model qwen2.5-1.5b",
         "games": games + ("; for the real ones: alfworld-download, or set ALFWORLD_DATA" if games.endswith("generated") else ""),
         "method": config.algo.name
-        + (f" + gcd, labeller {config.gcd.labeller}" if config.gcd.enabled else "; --gcd adds the judgment task" if config.iterations else ""),
+        + (f" + gcd, labeller {config.gcd.labeller}" if config.gcd.enabled else "; --gcd adds the judgment task" if config.iterations else "")
+        + (f", suggestions by {config.gcd.suggest_by} every {config.gcd.suggest_every} iterations" if config.gcd.suggest else ""),
         "size": f"{config.iterations} iterations of {config.rollout.groups} games x {config.rollout.group_size} episodes, seed {config.seed}"
         if config.iterations
         else f"evaluation only, without training; seed {config.seed}",

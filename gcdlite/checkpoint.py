@@ -1,4 +1,5 @@
-"""Everything a run needs to go on, written atomically: adapter, optimizer, critic, iteration, random states, turn pool."""
+"""Everything a run needs to go on, written atomically: adapter, optimizer, critic, iteration, random states, turn pool,
+suggestions."""
 
 from __future__ import annotations
 
@@ -12,8 +13,9 @@ from typing import Any
 import torch
 
 from gcdlite.critic import Critic
+from gcdlite.gcd.api import Spent
 from gcdlite.policy import Policy
-from gcdlite.records import LabelledTurn, UserError
+from gcdlite.records import LabelledTurn, Note, Suggestion, UserError
 
 KEPT = 2  # checkpoints on disk: if the newest is damaged, one is left
 
@@ -27,6 +29,9 @@ class State:
     rng: torch.Generator = field(default_factory=torch.Generator)  # sampling
     pool: list[LabelledTurn] = field(default_factory=list)  # labelled turns of the last iterations
     seconds: float = 0.0  # training time so far, over all sittings
+    suggestion: Suggestion = field(default_factory=Suggestion)  # in the training prompts
+    notes: list[Note] = field(default_factory=list)  # advice since the last suggestion
+    spent: Spent = field(default_factory=Spent)  # requests to the API and their tokens
 
     @classmethod
     def seeded(cls, seed: int) -> State:
@@ -57,6 +62,9 @@ def save(folder: Path, policy: Policy, optimizer: Any, schedule: Any, state: Sta
                 "pool": state.pool,
                 "seconds": state.seconds,
                 "critic": critic.state_dict() if critic else None,
+                "suggestion": state.suggestion,
+                "notes": state.notes,
+                "spent": state.spent,
             },
             scratch / "state.pt",
         )
@@ -111,6 +119,9 @@ def restore(path: Path, optimizer: Any, schedule: Any, critic: Critic | None = N
     if saved["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(saved["cuda"])
     state = State(saved["iteration"], random.Random(), torch.Generator(), saved["pool"], saved["seconds"])
+    for name in ("suggestion", "notes", "spent"):
+        if name in saved:  # a checkpoint of an earlier version has none
+            setattr(state, name, saved[name])
     state.dice.setstate(saved["dice"])
     state.rng.set_state(saved["rng"])
     return state

@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -137,7 +138,12 @@ class Update(Section):
 
 class Gcd(Section):
     enabled: bool = Field(False, description="train the policy to judge its own actions, too")
-    labeller: str = Field("rules", description="who labels turns good or bad: rules, oracle, or several joined by +")
+    labeller: str = Field(
+        "rules", description="who labels turns good or bad: rules, oracle, api, self, or several joined by +; with api.model set: rules+api"
+    )
+    ask: Positive = Field(60, description="turns an iteration that api and self are asked about, drawn at random")
+    votes: Positive = Field(5, description="times that api and self are asked about a turn (the papers' 5)")
+    agree: Positive = Field(4, description="equal votes that make a label (the papers' 4)")
     turns: Annotated[int, Field(ge=2)] = Field(30, description="labelled turns judged an iteration, half good and half bad")
     balance: bool = Field(True, description="as many good as bad turns; false: as they come, which teaches the judge the commoner verdict")
     group_size: Annotated[int, Field(ge=2)] = Field(8, description="judgments sampled for each of them")
@@ -149,13 +155,44 @@ class Gcd(Section):
         ["Nothing happens.", "look", "inventory", "help"],
         description="observations, and actions whose observation, are no evidence for the rules labeller",
     )
+    suggest: bool = Field(False, description="put golden rules, made from the judge's advice, into the training prompts")
+    suggest_by: Literal["policy", "api", "template"] = Field(
+        "policy", description="who writes the rules: the reference policy, the API, or our templates for kinds of mistakes; with api.model set: api"
+    )
+    suggest_every: Positive = Field(10, description="iterations between new suggestions (the papers' 10)")
+    suggest_rules: Positive = Field(5, description="golden rules at most")
+    suggest_tokens: Positive = Field(120, description="tokens of all rules together, at most")
 
     @model_validator(mode="after")
-    def _known_labellers(self) -> Gcd:
-        known = ("rules", "oracle")
-        for name in self.labeller.split("+"):
-            if name not in known:
-                raise ValueError(f"unknown labeller {name!r}{nearest(name, known)}; known: {', '.join(known)}, joined by +")
+    def _sound(self) -> Gcd:
+        check_labeller(self.labeller)
+        if not self.votes / 2 < self.agree <= self.votes:
+            raise ValueError(f"agree={self.agree} of votes={self.votes} decides nothing; it must be more than half of the votes, and no more than all")
+        if self.suggest and not self.enabled:
+            raise ValueError("suggestions come from judgments, which are off; add --gcd (gcd.enabled=true), or take --suggest away")
+        return self
+
+
+class Api(Section):
+    model: str | None = Field(None, description="the server's name of the model; set, an API is configured (the key: OPENAI_API_KEY in the environment)")
+    base_url: str = Field("https://api.openai.com/v1", description="address of an OpenAI-compatible server")
+    concurrency: Positive = Field(16, description="requests on their way at the same time")
+    timeout: Annotated[float, Field(gt=0)] = Field(60.0, description="seconds that one request may take")
+    patience: Annotated[float, Field(gt=0)] = Field(300.0, description="seconds that all questions of one iteration may take together")
+    retries: NonNegative = Field(4, description="further tries after 408, 409, 429, 5xx, a time-out, no connection, or garbage")
+    backoff: Rate = Field(1.0, description="seconds before the first further try; doubled for each next one, give or take half")
+    max_calls: NonNegative = Field(50_000, description="requests a run may send, failed ones included; 0: no limit")
+    max_tokens: NonNegative = Field(50_000_000, description="tokens a run may use, prompts included; 0: no limit")
+    max_new_tokens: Positive = Field(512, description="longest answer, in tokens")
+    temperature: Rate = Field(1.0, description="the server's sampling temperature")
+    cache: str | None = Field(None, description="SQLite file with the answers so far; unset: api.sqlite in the kit's cache folder")
+
+    @model_validator(mode="after")
+    def _plain_address(self) -> Api:
+        # The address goes into config.yaml and is shown, so nothing secret may be in it; nor is it repeated here.
+        parts = urlsplit(self.base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password or parts.query:
+            raise ValueError("base_url wants http(s)://host[:port][/path], without user, password or query; the key belongs into OPENAI_API_KEY")
         return self
 
 
@@ -199,6 +236,7 @@ class Config(Section):
     algo: Algo = Field(default_factory=Algo)
     update: Update = Field(default_factory=Update)
     gcd: Gcd = Field(default_factory=Gcd)
+    api: Api = Field(default_factory=Api)
     eval: Eval = Field(default_factory=Eval)
     coldstart: Coldstart = Field(default_factory=Coldstart)
 
@@ -208,10 +246,31 @@ class Config(Section):
             raise ValueError(f"--algo {self.algo.name} does not train, so there is nothing for --gcd to add: leave one of them out")
         return self
 
+    @model_validator(mode="after")
+    def _api_where_one_is_configured(self) -> Config:
+        if self.api.model:
+            for field, value in (("labeller", "rules+api"), ("suggest_by", "api")):
+                if field not in self.gcd.model_fields_set:
+                    setattr(self.gcd, field, value)
+        return self
+
     @property
     def iterations(self) -> int:
         """Training iterations of this run: `steps`, or 0 for what is only evaluated."""
         return 0 if self.algo.name in UNTRAINED else self.steps
+
+
+LABELLERS = ("rules", "oracle", "api", "self")
+
+
+def check_labeller(text: str) -> None:
+    """Raises ValueError unless the text is one labeller, or different ones joined by `+`."""
+    names = text.split("+")
+    for name in names:
+        if name not in LABELLERS:
+            raise ValueError(f"unknown labeller {name!r}{nearest(name, LABELLERS)}; known: {', '.join(LABELLERS)}, joined by +")
+    if len(set(names)) < len(names):
+        raise ValueError(f"labeller {text!r} names one of them twice")
 
 
 def nearest(word: str, known: Any) -> str:

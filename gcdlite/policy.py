@@ -58,6 +58,7 @@ class Policy:
         self.model.eval()  # dropout only inside `update`, which switches it on
         self.stop_ids = _stop_ids(self.tokenizer, self.model)
         self.heads = HeadCache()
+        self._reference_heads = HeadCache()  # never forgotten: the reference does not change
         self._start = self._prompt_frame()
 
     # --- text and tokens
@@ -132,17 +133,21 @@ class Policy:
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
-        """Inside, the model computes as the reference policy, without gradients."""
-        with torch.no_grad():
-            if self.has_reference_adapter:
-                self.model.set_adapter("reference", inference_mode=True)
-                try:
-                    yield
-                finally:
-                    self.model.set_adapter("default")
-            else:
-                with self.model.disable_adapter():
-                    yield
+        """Inside, the model computes, and generates, as the reference policy, without gradients."""
+        own, self.heads = self.heads, self._reference_heads
+        try:
+            with torch.no_grad():
+                if self.has_reference_adapter:
+                    self.model.set_adapter("reference", inference_mode=True)
+                    try:
+                        yield
+                    finally:
+                        self.model.set_adapter("default")
+                else:
+                    with self.model.disable_adapter():
+                        yield
+        finally:
+            self.heads = own
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """The trainable parameters, in a fixed order."""

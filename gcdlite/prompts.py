@@ -90,7 +90,18 @@ JUDGE_SLOTS = {
     "brief": ("Prompt:", "Answer:"),
 }
 
-_TAG = {tag: re.compile(rf"<{tag}>(.*?)</{tag}>", re.DOTALL) for tag in ("think", *TAGS, "action", "advice")}
+DISTIL = {
+    "full": (
+        "An agent that works through tasks in a simulated home, one command a turn, was given the advice listed below. "
+        "All of it is about one theme. Work out what the pieces have in common and which habit they want to change, "
+        "and write this between <think> and </think>. Then put all of it into one rule for the agent: general enough for "
+        "tasks and rooms that it has not seen, without names of single things, and clear about what to do. "
+        "Write the rule as one short sentence between <rule> and </rule>."
+    ),
+    "brief": "One rule from this advice. Answer <think>why</think><rule>rule</rule>",
+}
+
+_TAG = {tag: re.compile(rf"<{tag}>(.*?)</{tag}>", re.DOTALL) for tag in ("think", *TAGS, "action", "advice", "rule")}
 _BOXED = re.compile(r"\\boxed\{\s*([^}]*?)\s*\}")
 
 
@@ -178,6 +189,28 @@ def parse_judgment(text: str) -> tuple[int | None, str, str]:
     boxed = _BOXED.findall(text)
     verdict = int(boxed[-1]) if boxed and boxed[-1] in ("0", "1") else None
     return verdict, _first("action", text).lower(), _first("advice", text)
+
+
+def distil_prompt(style: str, advice: Sequence[str]) -> str:
+    """The user message that asks for one golden rule from the advice of one theme."""
+    return "\n".join([DISTIL[style], *(f"- {piece}" for piece in advice)])
+
+
+def parse_rule(text: str) -> str:
+    """The rule of such an answer as one line, without tags that would mean something in a prompt; "" when there is none."""
+    return " ".join(re.sub(r"</?\w+>", " ", _first("rule", text)).split())
+
+
+def shown_history(style: str, prompt: str) -> tuple[list[str], list[str]]:
+    """(observations, commands) that a turn's prompt shows of earlier turns, oldest first.
+
+    >>> shown_history("brief", turn_prompt("brief", "t", 1, [("a room", "look")], "a desk", ["help"]))
+    (['a room'], ['look'])
+    """
+    s = SLOTS[style]
+    block = prompt.partition(f"\n{s['history']}\n")[2].partition(f"\n{s['now']}")[0]
+    pairs = [piece.rpartition("\n" + s["did"]) for piece in ("\n" + block).split("\n" + s["saw"])[1:]]
+    return [saw for saw, _, _ in pairs], [did for _, _, did in pairs]
 
 
 def _first(tag: str, text: str) -> str:

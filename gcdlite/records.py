@@ -113,6 +113,30 @@ class Judgment:
 
 
 @dataclass
+class Note:
+    """What one judgment with a right verdict leaves for the suggestions."""
+
+    advice: str  # the judge's sentence; may be empty
+    mistake: str  # kind of mistake (`suggest.MISTAKES`) of a bad turn; "" for a good turn, or a mistake of no known kind
+    example: str  # what was done and what came of it
+
+
+@dataclass
+class Suggestion:
+    """Golden rules for the training prompts, and where they came from."""
+
+    version: int = 0  # 0: none yet
+    iteration: int = 0  # iterations finished when it was made
+    source: str = ""  # who wrote it: policy, api or template
+    rules: list[str] = field(default_factory=list)
+    themes: list[list[str]] = field(default_factory=list)  # of each rule, the advice or the mistakes that it came from
+
+    @property
+    def text(self) -> str:
+        return "\n".join(f"- {rule}" for rule in self.rules)
+
+
+@dataclass
 class Sample:
     """One response and its advantages: all that `update` knows, whichever stream it comes from."""
 

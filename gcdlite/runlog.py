@@ -4,6 +4,7 @@
     DIR/environment.json   command, commit, package versions, machine
     DIR/events.jsonl       {"iteration", "phase", "time", ...metrics}
     DIR/episodes.jsonl     a few episodes of each iteration, as text
+    DIR/suggestions.jsonl  every version of the suggestions, with the advice it came from
     DIR/checkpoints/       what a run needs to go on
     DIR/adapter/           the trained adapter, for PeftModel.from_pretrained
     DIR/summary.json       before and after, at the end
@@ -19,14 +20,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
 from gcdlite.config import Config, dump
-from gcdlite.records import Episode, UserError
+from gcdlite.records import Episode, Suggestion, UserError
 
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl", "alfworld", "textworld", "scienceworld", "numpy")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl", "alfworld", "textworld", "scienceworld", "numpy", "openai")
 
 Listener = Callable[[dict[str, Any]], None]
 
@@ -58,8 +60,10 @@ class RunLog:
         """Go on with a run: what was logged after `iteration` belongs to work that was lost, and is dropped."""
         log = cls(folder, listeners)
         log.lock()
-        for name in ("events.jsonl", "episodes.jsonl"):
+        for name in ("events.jsonl", "episodes.jsonl", "suggestions.jsonl"):
             file = folder / name
+            if not file.exists():
+                continue
             kept = [e for e in read_lines(file) if e["iteration"] <= iteration]
             scratch = file.with_suffix(".tmp")
             scratch.write_text("".join(json.dumps(e) + "\n" for e in kept), encoding="utf-8")
@@ -107,6 +111,12 @@ class RunLog:
                 record = {"iteration": iteration, "phase": phase} | episode_text(episode)
                 file.write(json.dumps(record) + "\n")
                 self.tell({"episode": record, "iteration": iteration, "phase": phase})
+
+    def suggestion(self, iteration: int, suggestion: Suggestion) -> None:
+        """Keep a new version of the suggestions whole, and log its rules as an event."""
+        with open(self.folder / "suggestions.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(suggestion) | {"iteration": iteration}) + "\n")
+        self.emit(iteration, "suggest", {"version": suggestion.version, "source": suggestion.source, "rules": suggestion.rules})
 
     def events(self) -> list[dict[str, Any]]:
         return read_lines(self.folder / "events.jsonl")

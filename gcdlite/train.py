@@ -18,7 +18,10 @@ from gcdlite.critic import Critic
 from gcdlite.envs import closing
 from gcdlite.envs.base import Pool
 from gcdlite.evaluate import evaluate
+from gcdlite.gcd import api as apis
 from gcdlite.gcd import judge as judging
+from gcdlite.gcd import suggest as suggesting
+from gcdlite.gcd import votes
 from gcdlite.gcd.labels import label
 from gcdlite.policy import Policy
 from gcdlite.records import Group, Sample, Task
@@ -34,6 +37,7 @@ def train(config: Config, folder: Path, listeners: Sequence[Listener] = (), resu
     samples, same parameters as if it had never stopped. After Ctrl-C or a crash, at most the running iteration is lost.
     """
     require_tag_data(config)
+    apis.check(config)
     saved = checkpoint.latest(folder) if resume else None
     with closing(envs.make(config)) as pool:
         train_tasks = pool.tasks("train")
@@ -42,6 +46,7 @@ def train(config: Config, folder: Path, listeners: Sequence[Listener] = (), resu
         optimizer, schedule = make_optimizer(policy, config)
         critic = Critic(policy, config) if config.algo.name == "ppo" else None
         state = checkpoint.restore(saved, optimizer, schedule, critic) if saved else checkpoint.State.seeded(config.seed)
+        api = apis.Api(config.api, state.spent) if apis.used(config) else None
         log = RunLog.resume(folder, state.iteration, listeners) if resume else RunLog.create(folder, config, listeners)
         started = time.perf_counter()
 
@@ -53,7 +58,8 @@ def train(config: Config, folder: Path, listeners: Sequence[Listener] = (), resu
             clock = Clock(log, iteration + 1)
 
             with clock("rollout"):
-                groups, metrics = collect(policy, pool, tasks_of(iteration, train_tasks, config), config, state.rng)
+                tasks = tasks_of(iteration, train_tasks, config)
+                groups, metrics = collect(policy, pool, tasks, config, state.rng, state.suggestion.text)
             with clock("advantage"):
                 features, stats = features_of(policy, critic, groups, config)
                 samples = policy_samples(groups, config, features)
@@ -62,7 +68,7 @@ def train(config: Config, folder: Path, listeners: Sequence[Listener] = (), resu
 
             if config.gcd.enabled:
                 with clock("judge"):
-                    judgment_samples, stats = judge_turns(policy, groups, state, config, iteration, metrics["rollout/success"])
+                    judgment_samples, stats = judge_turns(policy, api, groups, state, config, iteration, metrics["rollout/success"])
                 samples += judgment_samples
                 metrics |= stats
 
@@ -71,6 +77,12 @@ def train(config: Config, folder: Path, listeners: Sequence[Listener] = (), resu
                 metrics |= critic.update(samples, state.dice) if critic else {}
             metrics |= {"rollout/rows": policy.rows, "update/token_budget": policy.token_budget}
 
+            if config.gcd.suggest and (iteration + 1) % config.gcd.suggest_every == 0:
+                with clock("suggest"):
+                    metrics |= renew_suggestion(policy, api, state, config, log, iteration + 1)
+
+            if api:
+                metrics |= api.take_counts()
             state.iteration = iteration + 1
             state.seconds += clock.total
             metrics |= clock.seconds | {"time/iteration": clock.total, "lr": schedule.get_last_lr()[0]}
@@ -80,7 +92,9 @@ def train(config: Config, folder: Path, listeners: Sequence[Listener] = (), resu
             evaluate_when_due(policy, pool, config, log, iteration + 1)
 
         policy.save_adapter(folder / "adapter")
-        return summarise(config, log, state.seconds, time.perf_counter() - started)
+        summary = summarise(config, log, state.seconds, time.perf_counter() - started)
+        log.unlock()
+        return summary
 
 
 def tasks_of(iteration: int, tasks: Sequence[Task], config: Config) -> list[Task]:
@@ -132,12 +146,21 @@ def policy_samples(groups: Sequence[Group], config: Config, features: Sequence[T
 
 
 def judge_turns(
-    policy: Policy, groups: Sequence[Group], state: checkpoint.State, config: Config, iteration: int, success_rate: float
+    policy: Policy,
+    api: apis.Api | None,
+    groups: Sequence[Group],
+    state: checkpoint.State,
+    config: Config,
+    iteration: int,
+    success_rate: float,
 ) -> tuple[list[Sample], dict[str, float]]:
     """Label this iteration's turns, select as many good as bad ones, let the policy judge them: (samples, metrics)."""
-    cfg = config.gcd
-    fresh = label(advantages.all_episodes(groups), cfg.labeller, cfg.uninformative, iteration)
-    stats: dict[str, float] = {"gcd/labels_good": sum(t.label for t in fresh), "gcd/labels_bad": sum(not t.label for t in fresh)}
+    cfg, episodes = config.gcd, advantages.all_episodes(groups)
+    asked = votes.voters(cfg.labeller)
+    places = votes.draw(episodes, cfg.ask, state.dice) if asked else []  # else other runs would draw other numbers
+    voted, stats = votes.ask(episodes, places, asked, config, policy=policy, api=api, success_rate=success_rate, rng=state.rng)
+    fresh = label(episodes, cfg.labeller, cfg.uninformative, iteration, voted)
+    stats |= {"gcd/labels_good": sum(t.label for t in fresh), "gcd/labels_bad": sum(not t.label for t in fresh)}
     targets = judging.select(fresh, state.pool, cfg.turns, state.dice, cfg.balance)
     stats["gcd/selected"] = len(targets)
     recent = [t for t in state.pool if t.iteration > iteration - cfg.pool]
@@ -147,6 +170,9 @@ def judge_turns(
         max_new_tokens=cfg.max_new_tokens, temperature=config.rollout.temperature, rng=state.rng,
     )  # fmt: skip
     stats |= {f"gcd/{key}": value for key, value in judging.accuracy(judgments).items()}
+    if cfg.suggest:
+        state.notes = (state.notes + suggesting.notes_of(judgments, config.model.prompt))[-suggesting.KEPT :]
+        stats["gcd/suggestion"] = state.suggestion.version
     return judging.judgment_samples(judgments, cfg.group_size), stats
 
 
@@ -159,6 +185,22 @@ def keep(recent: list, fresh: list, turns: int, iterations: int, dice: random.Ra
         mine = [t for t in fresh if t.label == value]
         chosen += dice.sample(mine, min(len(mine), turns // 2))
     return chosen
+
+
+def renew_suggestion(
+    policy: Policy, api: apis.Api | None, state: checkpoint.State, config: Config, log: RunLog, iteration: int
+) -> dict[str, float]:
+    """Put new golden rules into the next training prompts, and forget the advice that they were made from; metrics.
+
+    When none come of it (the server is away, or there is no advice) the old rules and the advice stay.
+    """
+    stats: dict[str, float] = {"gcd/suggestion_notes": len(state.notes)}
+    new = suggesting.renew(state.notes, state.suggestion, iteration, config, policy, api)
+    if new:
+        state.suggestion, state.notes = new, []
+        log.suggestion(iteration, new)
+    stats["gcd/suggestion_rules"] = len(new.rules) if new else 0
+    return stats
 
 
 def shown(groups: Sequence[Group]) -> list:
@@ -222,6 +264,7 @@ def summarise(config: Config, log: RunLog, training_seconds: float, wall_seconds
     summary = {
         "environment": config.env.name, "protocol": config.env.protocol, "model": config.model.name,
         "algorithm": config.algo.name, "gcd": config.gcd.enabled, "labeller": config.gcd.labeller if config.gcd.enabled else None,
+        "suggest_by": config.gcd.suggest_by if config.gcd.suggest else None,
         "seed": config.seed, "steps": config.iterations, "eval_temperature": config.eval.temperature,
         "inadmissible_cost": config.reward.inadmissible, "levels": levels,
         "training_success_first": steps[0]["rollout/success"] if steps else None,

@@ -54,3 +54,16 @@ def small_config(games_root, small_model) -> Config:
             "eval": {"limit": 4, "judge_turns": 4, "levels": ["L0"]},
         }
     )
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A local API server; the key to it is in the environment."""
+    from tests.server import SECRET, Server
+
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    running = Server()
+    yield running
+    running.stop()

@@ -30,6 +30,7 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home" / "cache"))
     monkeypatch.delenv("ALFWORLD_DATA", raising=False)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     return tmp_path
 
 
@@ -80,6 +81,16 @@ def test_help_names_every_command(capsys):
         (["eval", "nowhere"], ["nowhere is no run folder"]),
         (["watch"], ["required: DIR"]),
         (["games", "--out", "g", "--n", "0"], ["at least 1"]),
+        (["--config", "nano", "--suggest"], ["suggestions come from judgments", "add --gcd"]),
+        (["--config", "nano", "--gcd", "gcd.labeller=rules+api"], ["set api.model=NAME"]),
+        (["--config", "nano", "--gcd", "api.model=m"], ["export OPENAI_API_KEY"]),
+        (["--config", "nano", "--gcd", "--suggest", "gcd.suggest_by=api"], ["set api.model=NAME"]),
+        (["--config", "nano", "gcd.labeller=rules+rules"], ["twice"]),
+        (["--config", "nano", "gcd.votes=3"], ["agree=4 of votes=3"]),
+        (["labels", "nowhere"], ["no config file 'nowhere'"]),
+        (["labels", "nano", "--labellers", "rules,slef"], ["--labellers: unknown labeller 'slef'; did you mean 'self'?"]),
+        (["labels", "nano", "--labellers", "api", "api.model=m"], ["export OPENAI_API_KEY"]),
+        (["labels", "nano", "--turns", "0"], ["--turns 0: at least 1"]),
         (["games", "--out", "g", "--m", "3"], ["--m", "did you mean '--n'?"]),
     ],
 )
@@ -222,6 +233,14 @@ def test_an_interrupted_run_goes_on_is_evaluated_and_watched(a_run, capsys):
     assert record["adapter"] == "iteration 2" and record["eval/L2/n"] == 3 and "eval/L0" not in record
     assert kept == {name: (a_run / name).read_text() for name in kept}
 
+    assert run.main(["labels", "run", "--games", "2", "--turns", "4", "--labellers", "rules,self,rules+self"]) == 0
+    out = capsys.readouterr().out
+    assert "iteration 2 of run plays 2 games of train (on disk)" in out and "rules+self" in out and "Wilson" in out
+    (record,) = read_lines(a_run / "labels.jsonl")
+    assert record["games"] == 2 and record["gcd/asked"] == 4 and len(record["rows"]) == 6 and record["command"].startswith("python ")
+    assert "seed cannot change" in refused(capsys, "labels", "run", "seed=4")
+    assert kept == {name: (a_run / name).read_text() for name in kept}
+
     assert run.main(["watch", "run", "--level", "L1", "--task", "1"]) == 0
     out = capsys.readouterr().out
     assert "L1 game 1" in out and "You are in the middle of a room" in out and "not won in 3 turns" in out
@@ -324,6 +343,36 @@ NUMBERS = [
     "11.7",
     "35.0",
 ]
+
+
+def test_a_secret_typed_by_mistake_is_not_repeated(capsys, elsewhere):
+    for words in (["api.key=sk-123456"], ["OPENAI_API_KEY=sk-123456"], ["--api-key", "sk-123456"], ["--api-key=sk-123456"],
+                  ["api.base_url=https://sk-123456@host/v1"]):  # fmt: skip
+        assert "sk-123456" not in refused(capsys, "--config", "nano", *words)
+    assert left_behind(elsewhere) == []
+
+
+def test_suggestions_and_the_api_are_shown():
+    config = settings(gcd={"enabled": True, "suggest": True, "suggest_by": "template", "labeller": "rules+api"})
+    rules = ["do not go back to where you were.", "take only what the task needs."]
+    events = [
+        *EVENTS[:3],
+        EVENTS[3] | {"api/asked": 300, "api/answered": 288, "api/cached": 40, "api/http_429": 12, "api/timeouts": 1, "api/skipped": 2, "api/tokens": 251000},
+        {"iteration": 1, "phase": "suggest", "version": 3, "source": "template", "rules": rules},
+    ]
+    for width, height in ((80, 24), (100, 28), (160, 50)):
+        assert "none yet; new ones every 10 iterations, by template" in text_of(picture(state_after(EVENTS, config), width, height, 100.0), width, height)
+        shown = text_of(picture(state_after(events, config), width, height, 100.0), width, height)
+        assert "suggestions, version 3 (iteration 1)" in shown and all(rule in shown for rule in rules), shown
+        assert "grpo + gcd_sugg (rules+api labels, templ" in shown and "43.8 %" in shown
+    assert "api 288 of 300" in text_of(picture(state_after(events, config), 120, 40, 100.0), 120, 40)
+    console = Console(file=io.StringIO(), force_terminal=False)
+    with Dashboard(config, console=console) as listener:
+        for event in events:
+            listener(event)
+    said = console.file.getvalue()
+    assert "suggestions 1/5  version 3 by template: " + " | ".join(rules) in said
+    assert "api 288 of 300 answered (40 cached, 1 timed out, 12 429, 2 skipped), 251,000 tokens" in said
 
 
 def settings(**sections) -> Config:

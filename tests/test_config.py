@@ -65,7 +65,7 @@ def test_all_faults_at_once():
         ("update.lrr=3", "update.lrr: unknown key; did you mean 'update.lr'?"),
         ("kl=3", "kl: unknown key; did you mean 'update.kl'?"),
         ("rollot.groups=3", "rollot: unknown key; did you mean 'rollout'?"),
-        ("max_new_tokens=3", "max_new_tokens: unknown key; did you mean 'rollout.max_new_tokens' or 'gcd.max_new_tokens'?"),
+        ("max_new_tokens=3", "max_new_tokens: unknown key; did you mean 'rollout.max_new_tokens' or 'gcd.max_new_tokens' or 'api.max_new_tokens'?"),
         ("zzzz=3", "zzzz: unknown key"),
     ],
 )

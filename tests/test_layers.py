@@ -13,7 +13,7 @@ FLOORS = [
     ["prompts", "envs"],
     ["backbone", "sampling", "packing", "policy"],
     ["rollout", "advantages", "losses"],
-    ["gcd", "update", "coupling", "critic", "evaluate"],
+    ["gcd", "update", "coupling", "critic", "evaluate", "agreement"],
     ["nano", "coldstart", "checkpoint", "plan", "analysis"],
     ["train"],
     ["sweep", "doctor"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from gcdlite.records import Episode, LabelledTurn
 
@@ -47,17 +47,25 @@ def verdict(before: int | None, after: int | None, revealed: bool) -> int | None
 LABELLERS: dict[str, Callable[[Episode, Sequence[str]], Labels]] = {"rules": rules, "oracle": oracle}
 
 
-def label(episodes: Sequence[Episode], labeller: str, uninformative: Sequence[str] = (), iteration: int = 0) -> list[LabelledTurn]:
-    """Labelled turns of the episodes, by one labeller or several joined with `+`.
+def label(
+    episodes: Sequence[Episode],
+    labeller: str,
+    uninformative: Sequence[str] = (),
+    iteration: int = 0,
+    voted: Mapping[str, Sequence[Labels]] | None = None,
+) -> list[LabelledTurn]:
+    """Labelled turns of the episodes, by one labeller or several joined with `+`, in any order.
 
-    Stacked labellers add their labels up: a won episode's last turn stays good whatever else is said of it, and any
-    other turn that two labellers disagree on is dropped.
+    `voted` holds what the labellers that had to be asked (`votes.ask`) said of each episode. Stacked labellers add
+    their labels up: a won episode's last turn stays good whatever else is said of it (the `rules` labeller's success
+    rule), and any other turn that two labellers disagree on is dropped.
     """
     labelled = []
-    for episode in episodes:
+    for e, episode in enumerate(episodes):
         votes: dict[int, dict[str, int]] = {}
         for name in labeller.split("+"):
-            for i, value in LABELLERS[name](episode, uninformative).items():
+            said_by = LABELLERS[name](episode, uninformative) if name in LABELLERS else (voted or {})[name][e]
+            for i, value in said_by.items():
                 votes.setdefault(i, {})[name] = value
         for i, said in sorted(votes.items()):
             winner = episode.won and i == len(episode.turns) - 1 and said.get("rules") == 1

@@ -49,6 +49,7 @@ class State:
     config: Config
     train: dict[int, Event] = field(default_factory=dict)  # iteration -> its event
     evals: dict[int, Event] = field(default_factory=dict)
+    suggestion: Event | None = None  # the newest golden rules
     episode: Event | None = None  # the last one told of
     phase: str = ""  # what runs now, "" when nothing does
     since: float = 0.0  # when it began, in seconds of time.monotonic
@@ -65,6 +66,8 @@ class State:
             self.train[event["iteration"]] = event
         elif event["phase"] == "eval":
             self.evals[event["iteration"]] = event
+        elif event["phase"] == "suggest":
+            self.suggestion = event
 
     @property
     def done(self) -> int:
@@ -161,13 +164,17 @@ WITHOUT_TRAINING = {
 
 def method(config: Config) -> str:
     """The algorithm in words. With the engine's own knowledge as labels it is an upper bound, and never called GCD."""
-    return method_name(config.algo.name, config.gcd.labeller if config.gcd.enabled else None)
+    gcd = config.gcd
+    return method_name(config.algo.name, gcd.labeller if gcd.enabled else None, gcd.suggest_by if gcd.suggest else None)
 
 
-def method_name(algorithm: str, labeller: str | None) -> str:
+def method_name(algorithm: str, labeller: str | None, suggest_by: str | None = None) -> str:
     if labeller is None:
         return WITHOUT_TRAINING.get(algorithm, algorithm)
-    return f"{algorithm} + judge on {labeller} labels (upper bound)" if "oracle" in labeller else f"{algorithm} + gcd ({labeller} labels)"
+    labels = f"{labeller} labels" + (f", {suggest_by} suggestions" if suggest_by else "")
+    if "oracle" in labeller:
+        return f"{algorithm} + judge on {labels} (upper bound)"
+    return f"{algorithm} + {'gcd_sugg' if suggest_by else 'gcd'} ({labels})"
 
 
 def picture(state: State, width: int, height: int, now: float | None) -> RenderableType:
@@ -176,12 +183,18 @@ def picture(state: State, width: int, height: int, now: float | None) -> Rendera
     rows = [Layout(header(state, width, now), name="header", size=2)]
     numbers, results = 8, levels + 3
     main = height - 2 - (numbers if height >= 18 else 0) - (results if height >= 24 else 0)
+    hints = 0
+    if state.config.gcd.suggest and main >= 8:  # the rules take what the curve can spare
+        hints = max(3, min(2 + state.config.gcd.suggest_rules, main - 8))
+        main -= hints
     main_row, left = Layout(name="main", size=main), width // 2
     main_row.split_row(
         Layout(success_panel(state, left - 4, main - 2), size=left),
         Layout(episode_panel(state, width - left - 4, main - 2)),
     )
     rows.append(main_row)
+    if hints:
+        rows.append(Layout(suggestion_panel(state, hints - 2), name="suggestions", size=hints))
     if height >= 18:
         third = width // 3
         row = Layout(name="numbers", size=numbers)
@@ -306,7 +319,22 @@ def judge_panel(state: State, width: int) -> Panel:
     ]
     labels = [number(state.latest(f"gcd/{name}"), ".0f") for name in ("labels_good", "labels_bad", "selected")]
     note = Text("labels {} good {} bad\n{} turns judged".format(*labels), "dim", no_wrap=True, overflow="ellipsis")
+    if state.latest("api/asked"):
+        note.append(f", api {number(state.latest('api/answered'), '.0f')} of {number(state.latest('api/asked'), '.0f')}")
     return panel(Group(rows(state, width, names), note), "judge accuracy")
+
+
+def suggestion_panel(state: State, height: int) -> Panel:
+    """The golden rules that are in the training prompts: one a line where there is room, else one after another."""
+    if not state.suggestion:
+        every = state.config.gcd.suggest_every
+        return panel(Text(f"none yet; new ones every {every} iterations, by {state.config.gcd.suggest_by}", "dim"), "suggestions")
+    rules = state.suggestion["rules"]
+    if len(rules) <= height:
+        text = Text("\n").join([Text(rule, no_wrap=True, overflow="ellipsis") for rule in rules])
+    else:
+        text = Text(" · ".join(rules), overflow="ellipsis")
+    return panel(text, f"suggestions, version {state.suggestion['version']} (iteration {state.suggestion['iteration']})")
 
 
 def time_panel(state: State, width: int) -> Panel:
@@ -386,7 +414,7 @@ def closing_table(summary: dict[str, Any]) -> RenderableType:
     about = [
         f"{summary['environment']}, protocol {summary['protocol']}",
         Path(summary["model"]).name,
-        method_name(summary["algorithm"], summary["labeller"]),
+        method_name(summary["algorithm"], summary["labeller"], summary.get("suggest_by")),
     ]
     how = f"seed {summary['seed']} · {summary['steps']} iterations · evaluated {decoding(summary['eval_temperature'])}"
     table = result_table(["level", "before", "after", "change", "judge"])
@@ -419,6 +447,27 @@ def evaluation_table(metrics: Event, config: Config) -> RenderableType:
     return Group(Text(about, "bold"), Text(f"seed {config.seed} · evaluated {decoding(config.eval.temperature)}"), table)
 
 
+def labeller_table(record: Event) -> RenderableType:
+    """Precision and recall of labellers against the oracle, from a line of labels.jsonl."""
+    table = result_table(["labeller", "label", "labelled", "precision", "recall"])
+    for row in record["rows"]:
+        precision, recall = (
+            with_interval(
+                {"success": row[name], "low": row[f"{name}_low"], "high": row[f"{name}_high"], "n": n} if row[name] is not None else {}
+            )
+            for name, n in (("precision", row["checked"]), ("recall", row["wanted"]))
+        )
+        table.add_row(row["labeller"], row["label"], f"{row['labelled']} of {row['turns']}", precision, recall)
+    about = (
+        f"{record['level']}, protocol {record['protocol']} · {record['games']:.0f} games ({record['games_are']}), "
+        f"{100 * record['success']:.0f} % won, {record['turns']:.0f} turns · seed {record['seed']}"
+    )
+    notes = ["Against the oracle; 95 % Wilson interval, n turns. Precision counts the labelled turns of which the oracle has an opinion."]
+    if record.get("api/asked"):
+        notes.append(api_part(record))
+    return Group(Text(about, "bold"), table, *(Text(note, "dim") for note in notes))
+
+
 def decoding(temperature: float) -> str:
     return f"at temperature {temperature}" if temperature else "greedily"
 
@@ -448,6 +497,8 @@ def plain_line(event: Event, state: State) -> str | None:
     if event["phase"] == "eval":
         parts = [f"{level} {with_interval(of_event(event, level)).plain}" + judge_part(event, level) for level in state.config.eval.levels]
         return f"eval {place}  " + "  ".join(parts) + f"  in {clock(get('time/eval'))}"
+    if event["phase"] == "suggest":
+        return f"suggestions {place}  version {event['version']} by {event['source']}: " + " | ".join(event["rules"])
     if event["phase"] != "train":
         return None
     parts = [
@@ -463,12 +514,29 @@ def plain_line(event: Event, state: State) -> str | None:
             f"labels {number(get('gcd/labels_good'), '.0f')} good {number(get('gcd/labels_bad'), '.0f')} bad,"
             f" {number(get('gcd/selected'), '.0f')} judged",
         ]  # fmt: skip
+        if get("api/asked"):
+            parts.append(api_part(event))
     spent = ", ".join(f"{name} {get(f'time/{name}'):.1f}" for name in PHASE_COLOURS if get(f"time/{name}") is not None)
     parts += [
         f"kl {number(get('kl'))}", f"grad norm {number(get('grad_norm'), '.3f')}",
         f"{number(get('time/iteration'), '.1f')} s ({spent})", f"left {clock(state.seconds_left())}",
     ]  # fmt: skip
     return "  ".join(parts)
+
+
+API_TROUBLE = {  # metric -> in words; attempts for the first ones, questions for the last two
+    "timeouts": "timed out", "http_429": "429", "http_5xx": "5xx", "http_4xx": "refused", "unreachable": "unreachable",
+    "garbage": "garbage", "cache_errors": "cache errors", "skipped": "skipped", "over_budget": "over budget",
+}  # fmt: skip
+
+
+def api_part(event: Event) -> str:
+    """`api 290 of 300 answered (40 cached, 12 429, 1 timed out), 251,000 tokens`"""
+    get = event.get
+    notes = [f"{get('api/cached')} cached"] if get("api/cached") else []
+    notes += [f"{get(f'api/{name}')} {words}" for name, words in API_TROUBLE.items() if get(f"api/{name}")]
+    inside = f" ({', '.join(notes)})" if notes else ""
+    return f"api {get('api/answered')} of {get('api/asked')} answered{inside}, {get('api/tokens'):,} tokens"
 
 
 def judge_part(event: Event, level: str) -> str:
