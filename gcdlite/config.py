@@ -124,6 +124,10 @@ class Eval(Section):
     before: bool = Field(True, description="evaluate before training, too")
 
 
+class Checkpoint(Section):
+    keep_every: NonNegative = Field(0, description="iterations between adapters kept for good in DIR/adapters, for analyses over training; 0: none")
+
+
 class Coldstart(Section):
     trajectories: Positive = Field(200, description="expert episodes shown")
     judgments: NonNegative = Field(100, description="judgment examples beside them")
@@ -156,6 +160,7 @@ class Config(Section):
     update: Update = Field(default_factory=Update)
     gcd: Gcd = Field(default_factory=Gcd)
     eval: Eval = Field(default_factory=Eval)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     coldstart: Coldstart = Field(default_factory=Coldstart)
 
 

@@ -61,6 +61,11 @@ JUDGE_SLOTS = {
     "brief": ("Prompt:", "Answer:"),
 }
 
+QUESTION = {
+    "full": "Solve the problem. Reason step by step, then write the final answer inside \\boxed{}.",
+    "brief": "Solve. Answer \\boxed{x}",
+}
+
 _TAG = {tag: re.compile(rf"<{tag}>(.*?)</{tag}>", re.DOTALL) for tag in ("think", "action", "advice")}
 _BOXED = re.compile(r"\\boxed\{\s*([^}]*?)\s*\}")
 
@@ -92,6 +97,11 @@ def turn_prompt(
     lines.append(s["can"])
     lines += [command for command in admissible if command != "help"]
     return "\n".join(lines)
+
+
+def question_prompt(style: str, problem: str) -> str:
+    """The user message that poses a mathematical problem."""
+    return f"{QUESTION[style]}\n{problem}"
 
 
 def answer(thought: str, action: str) -> str:

@@ -5,6 +5,7 @@
     DIR/events.jsonl       {"iteration", "phase", "time", ...metrics}
     DIR/episodes.jsonl     a few episodes of each iteration, as text
     DIR/checkpoints/       what a run needs to go on
+    DIR/adapters/          the adapters of chosen iterations (`checkpoint.keep_every`)
     DIR/adapter/           the trained adapter, for PeftModel.from_pretrained
     DIR/summary.json       before and after, at the end
 """
