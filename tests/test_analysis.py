@@ -97,7 +97,7 @@ def test_the_probe_is_a_random_projection_of_the_layers_gradient_and_leaves_no_t
         a, b = layer.lora_A["probe"].weight, layer.lora_B["probe"].weight
         projected = dict(zip(map(id, where.parameters), where.of(s, w)))[id(b)]
         assert torch.allclose(projected, full @ a.T, atol=1e-6)
-        assert a.square().sum(0).mean() == pytest.approx(1, abs=0.15)  # so that A^T A is the identity on average
+        assert a.square().sum(0).mean().item() == pytest.approx(1, abs=0.15)  # so that A^T A is the identity on average
         assert len(where.parameters) == 2 * 7  # every linear layer of both blocks, B only
     assert {n: p.requires_grad for n, p in policy.model.named_parameters()} == names
     with torch.no_grad():
@@ -249,6 +249,28 @@ def test_task_conflict_uses_the_gradient_of_a_fitted_value_head(policy, small_co
         for g, w in zip(found, want):
             assert torch.allclose(g, w, atol=1e-5)
         assert max(g.abs().max() for g in found) > 1e-4
+
+
+def test_conflict_compares_advantage_weighted_gradients(policy, small_config, tmp_path):
+    from gcdlite.records import LabelledTurn
+
+    samples, judged = [], []
+    for i, s in enumerate(made(policy, 8)):
+        s.sample.advantages = [(-1.0) ** i * (1 + i)] * len(s.sample.response_ids)
+        s.sample.unit = i
+        turn = Turn("", [], s.sample.prompt_ids, s.sample.response_ids, s.sample.logprobs, "", "", False, True)
+        if i < 4:
+            samples.append(s.sample)
+        else:
+            judged.append((LabelledTurn(turn, i % 2, "oracle"), [s.sample]))
+    rows = conflict.measure(policy, samples, judged, Options(parameters="layers:1", bootstrap=20), small_config, output(tmp_path), "x")
+    with space(policy, small_config, "layers:1") as where:
+        sums = [
+            sum(torch.cat([g.flatten() for g in reference(policy, s, where.parameters, s.advantages)]) for s in some)
+            for some in (samples, [s for _, some in judged for s in some])
+        ]
+    assert rows[0]["cosine"] == pytest.approx(torch.cosine_similarity(*sums, dim=0).item(), abs=1e-4)
+    assert [(r["n_policy"], r["n_other"]) for r in rows] == [(4, 4), (4, 4)] and rows[1]["cosine"] != rows[0]["cosine"]
 
 
 # --- questions

@@ -183,8 +183,9 @@ def draw_flaws(rows: Sequence[dict], consistency: Sequence[dict], note: str, out
         ax.set_xticks(iterations)
         ax.margins(x=0.3)
         ax.set_ylim(bottom=0)
-    panels[0][0].legend()
-    panels[1][0].legend()
+    for ax in (panels[0][0], panels[1][0]):
+        if ax.containers:
+            ax.legend()
     last = [r for r in rows if r["iteration"] == iterations[-1] and r["outcome"] != "all"]
     sizes = ", ".join(f"{r['level']} {r['outcome']} {r['episodes']} episodes ({r['turns']} turns)" for r in last)
     asked = ", ".join(f"{r['n']} {r['turns']}" for r in consistency if r["iteration"] == iterations[-1])

@@ -160,7 +160,8 @@ def draw_figure(rows: Sequence[dict], note: str, output: Output) -> None:
     ax.set_xlabel("training iteration")
     ax.set_xticks(iterations)
     ax.margins(x=0.3)
-    ax.legend()
+    if ax.containers:
+        ax.legend()
     last = [r for r in rows if r["iteration"] == iterations[-1]]
     sizes = f"{last[0]['n_policy']} turns; " + ", ".join(f"{r['n_other']} ({r['objective']})" for r in last)
     output.figure("conflict", figure, f"{note} Samples at the last point: {sizes}.")

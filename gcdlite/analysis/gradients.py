@@ -137,7 +137,7 @@ def _layers(policy: Policy, count: int) -> Iterator[list[nn.Parameter]]:
     for layer in layers:
         for parent in list(layer.modules()):
             for name, child in list(parent.named_children()):
-                if type(child).__name__ == "Linear4bit" and hasattr(child.weight, "quant_state"):
+                if "weight" in child._parameters and type(child.weight).__name__ == "Params4bit":
                     packed.append((parent, name, child))
                     setattr(parent, name, _unpacked(child))
     chosen = [p for name, p in layers.named_parameters() if "lora_" not in name]

@@ -180,6 +180,7 @@ def draw_figure(rows: Sequence[dict], note: str, output: Output) -> None:
             ax.set_title(d, fontsize=9)
             ax.set_xlabel("training iteration")
         panels[0][0].set_ylabel("cosine of mean gradients")
-        panels[0][0].legend()
+        if panels[0][0].containers:
+            panels[0][0].legend()
         caption = caption.replace(" Short horizontal lines: ceiling.", " Ceilings: in the table.")
     output.figure("similarity", figure, caption)
