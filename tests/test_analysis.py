@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from gcdlite import checkpoint, envs
+from gcdlite import checkpoint
 from gcdlite import train as loop
 from gcdlite.analysis import Options, behaviour, conflict, gather, gradients, hidden, influence, judgment, options, similarity
 from gcdlite.analysis.gather import Specimen, Stage
@@ -530,6 +530,11 @@ def test_chosen_adapters_are_kept(small_config, tmp_path):
         gather.stages(folder, "1")
     with pytest.raises(UserError, match="--at first"):
         gather.stages(folder, "first")
+    kept = tmp_path / "only the end"
+    (kept / "adapter").mkdir(parents=True)
+    for file in ("adapter/adapter_config.json", "events.jsonl"):
+        (kept / file).write_bytes((folder / file).read_bytes())
+    assert gather.stages(kept, "all") == [Stage(3, kept / "adapter")]
     policy, fresh = Policy(small_config, adapter=found[-1].adapter), Policy(small_config)
     trained = [p.detach().clone() for p in policy.parameters()]
     gather.enter(policy, found[0])
@@ -582,7 +587,7 @@ def test_every_analysis_leaves_tables_and_figures_and_resumes(name, more, files,
     monkeypatch.setattr(Policy, "generate", None)  # nothing may be asked again
     assert run.main(call) == 0
     assert {f: (tmp_path / "out" / f"{f}.csv").read_text() for f in files} == table
-    assert run.main([*call, "--seed", "5"] if False else [*call, "seed=5"]) == 2
+    assert run.main([*call, "seed=5"]) == 2
     assert "other settings (settings)" in capsys.readouterr().err
 
 
@@ -601,6 +606,7 @@ def test_every_analysis_leaves_tables_and_figures_and_resumes(name, more, files,
         (["influence", "--levels", "L0"], "--levels L0"),
         (["judgment", "--classes", "episodes"], "give a labeller"),
         (["theory", "--q", "1.5"], "--q 1.5"),
+        (["theory", "--xi", "3", "--r", "0.5"], "at most 1"),
         (["theory", "seed=3"], "theory needs no model"),
     ],
 )
@@ -620,9 +626,23 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_nothing_is_drawn_from_an_environment_without_plans(small_config, tmp_path):
-    """Another environment may know no plans: the oracle then labels nothing, and the tables say so."""
+def test_without_labels_the_tables_say_that_there_are_none(policy, small_config, tmp_path):
+    """An environment may know no plans: the oracle then labels nothing."""
+    assert gather.specimens({"ID": [episode("ab", True)], "OOD": []}, "oracle", small_config) == []
     row = behaviour.consistency_rows({"good": [], "bad": []}, Options(), 0)[0]
     assert row["n"] == 0 and row["consistency"] is None
-    assert hidden.measure(None or Policy(small_config), [], Options(), small_config, output(tmp_path), "x")[0][0]["gap"] is None
-    assert envs.make(small_config).tasks("L0")
+    rows, told = hidden.measure(policy, [], Options(), small_config, output(tmp_path), "x")
+    assert [r["gap"] for r in rows] == [None, None] and told == []
+
+
+def test_classes_of_turns(small_config):
+    played = {"ID": [episode("ab", True), episode("c", False)], "OOD": [episode("d", False)]}
+    found = gather.specimens(played, "episodes", small_config)
+    assert [(s.domain, s.positive, s.unit, s.action) for s in found] == [
+        ("ID", True, 0, "a"), ("ID", True, 0, "b"), ("ID", False, 1, "c"), ("OOD", False, 2, "d"),
+    ]  # fmt: skip
+    for turn, (before, after) in zip(played["ID"][0].turns, ((5, 4), (4, 4))):
+        turn.plan_before, turn.plan_after = before, after
+    assert [(s.action, s.positive) for s in gather.specimens(played, "oracle", small_config)] == [("a", True), ("b", False)]
+    drawn = gather.draw(found, 1, 0)
+    assert {k: len(v) for k, v in drawn.items()} == {("ID", False): 1, ("ID", True): 1, ("OOD", False): 1, ("OOD", True): 0}

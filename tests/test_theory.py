@@ -99,12 +99,12 @@ def test_without_coupling_the_flawed_action_falls_at_once():
 
 
 def test_sampling_follows_the_expected_updates():
-    arguments = (0.4, 0.4, 0.3, 1.0, 0.5, 0.5, 100)
+    arguments = (0.4, 0.4, 0.3, 3.0, 0.8, 0.5, 100)  # xi r = 0.9: no room for a failure chance that is cut at 0 or 1
     smooth = course(*arguments, push=0.02)
     rng = np.random.default_rng(4)
     runs = np.stack([sampled_course(*arguments, rng, push=0.02, episodes=128).q2 for _ in range(30)])
-    assert runs[:, -1].mean() == pytest.approx(smooth.q2[-1], abs=4 * runs[:, -1].std() / 30**0.5 + 0.01)
-    assert abs(smooth.q2[-1] - 0.4) > 0.05  # it moved, so that agreement says something
+    assert np.abs(runs.mean(0) - smooth.q2).max() < 0.02
+    assert abs(smooth.q2.max() - 0.4) > 0.1  # it moved, so that agreement says something
 
 
 def test_the_table_and_every_figure_are_written(tmp_path, monkeypatch):

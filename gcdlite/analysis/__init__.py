@@ -106,6 +106,8 @@ def options(name: str, given: dict[str, Any]) -> Options:
         value = getattr(chosen, field)
         if value is not None and (value < low or high is not None and value > high or value != value):
             faults.append(f"--{field} {value}: give a number {f'from {low} to {high}' if high is not None else f'of at least {low}'}")
+    if chosen.xi * chosen.r > 1:
+        faults.append(f"--xi {chosen.xi:g} times --r {chosen.r:g} is a change of a probability: at most 1")
     if chosen.inputs and chosen.conflict:
         faults.append("--inputs and --conflict are two analyses: give one of them")
     if faults:

@@ -26,6 +26,7 @@ from gcdlite.gcd.labels import LABELLERS, label
 from gcdlite.policy import Policy, load_adapter_weights
 from gcdlite.records import Episode, Sample, UserError
 from gcdlite.rollout import play
+from gcdlite.runlog import read_lines
 
 DOMAINS = ("ID", "OOD")
 
@@ -62,6 +63,8 @@ def stages(run: Path | None, at: str) -> list[Stage]:
     if run is None:
         return [Stage(0, None)]
     there = checkpoint.adapters(run)
+    if not there and (run / "adapter" / "adapter_config.json").is_file():  # checkpoints were deleted after the run
+        there = {(read_lines(run / "events.jsonl") or [{"iteration": 0}])[-1]["iteration"]: run / "adapter"}
     if not there:
         raise UserError(f"{run} holds no adapter yet: wait for its first checkpoint, or train again")
     if at in ("all", "last"):

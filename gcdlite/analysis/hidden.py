@@ -215,41 +215,40 @@ def draw_gap(rows: Sequence[dict], note: str, output: Output) -> None:
         ax.set_xticks(sorted({r["iteration"] for r in mine}))
         ax.margins(x=0.3)
         ax.set_xlabel("training iteration")
-        ax.set_ylabel(f"same-class − cross-class coupling{', cosine' if name == 'cosine' else ''}")
+        ax.set_ylabel(f"coupling, same − cross class ({name})")
     sizes = "; ".join(f"iteration {r['iteration']}: {r['n_good']} good, {r['n_bad']} bad" for r in rows if r["measure"] == "raw")
     output.figure("hidden", figure, f"{note} Turns: {sizes}.")
 
 
 def show_tokens(told: Sequence[Told], stage: Stage, output: Output) -> None:
     """A table of the tokens by what they carry, and some turns as shaded text."""
-    total = sum(v for t in told for v in t.cross)
+    total = sum(abs(v) for t in told for v in t.cross) or 1.0
     by_token: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
     for t in told:
         for piece, part, cross, same in zip(t.pieces, t.parts, t.cross, t.same):
             by_token[piece, part].append((cross, same))
     rows = [
         {
-            "token": repr(piece), "part": part, "times": len(v), "share_of_cross": sum(c for c, _ in v) / total,
+            "token": repr(piece), "part": part, "times": len(v), "share": sum(abs(c) for c, _ in v) / total,
             "mean_cross": sum(c for c, _ in v) / len(v), "mean_same": sum(s for _, s in v) / len(v),
         }
         for (piece, part), v in by_token.items()
     ]  # fmt: skip
-    rows.sort(key=lambda r: -abs(r["share_of_cross"]))
-    note = f"share of cross: of the sum over all tokens of their coupling with the other class. {len(told)} turns, iteration {stage.iteration}."
+    rows.sort(key=lambda r: -r["share"])
+    note = f"share: of the sum over all tokens of their coupling's size with the other class; means keep the sign. {len(told)} turns, iteration {stage.iteration}."
     output.table("tokens", "Tokens that carry the coupling (new paper, Fig. 7; old paper, Fig. 9)", rows, note, show=20)
-    parts = [
-        {"part": part, "tokens": sum(p == part for t in told for p in t.parts),
-         "share_of_cross": sum(v for t in told for v, p in zip(t.cross, t.parts) if p == part) / total}
-        for part in ("think", "action", "format")
-    ]  # fmt: skip
+    parts = []
+    for part in ("think", "action", "format"):
+        mine = [v for t in told for v, p in zip(t.cross, t.parts) if p == part]
+        parts.append({"part": part, "tokens": len(mine), "share": sum(map(abs, mine)) / total, "mean_cross": out.mean(mine)})
     output.table("parts", "Coupling by part of the answer", parts, note)
     strongest = sorted(told, key=lambda t: -sum(t.cross))
     chosen = [t for c in (True, False) for t in [t for t in strongest if t.positive == c][: SHOWN // 2]]
     for t in chosen:
         output.console.print(shaded(t, max(map(abs, t.cross))))
     caption = (
-        f"Turns with the strongest coupling to the other class. Grey: the token's share of it (black frame: white 0, dark the turn's largest); "
-        f"underlined: negative, the token pulls the classes apart. {len(told)} turns were compared, iteration {stage.iteration}."
+        f"The turns with the strongest coupling to the other class. The darker a token, the more of it the token carries (white: 0, dark: the turn's "
+        f"largest); underlined: negative, the token pulls the classes apart. {len(told)} turns were compared, iteration {stage.iteration}."
     )
     output.figure("tokens", text_figure(chosen), caption)
 
@@ -267,7 +266,7 @@ COLUMNS, POINTS = 96, 4.6  # characters a line, their width in points
 
 
 def text_figure(told: Sequence[Told]) -> Figure:
-    """The samples as text on a grid of characters, every token shaded by its score."""
+    """The samples as text on a grid of characters, every token shaded by its score (what is below 5 % of the largest is not)."""
     lines: list[list[tuple[int, str, float, float]]] = []  # of (column, text, score, largest score)
     for t in told:
         lines.append([(0, f"{'GOOD' if t.positive else 'BAD'} turn, {t.domain}, action: {t.action}", 0.0, 1.0)])
@@ -288,11 +287,11 @@ def text_figure(told: Sequence[Told]) -> Figure:
     ax.axis("off")
     for y, line in enumerate(lines):
         for x, text, value, top in line:
-            if value:
+            if abs(value) > 0.05 * top:
                 grey = 1 - 0.5 * min(1.0, abs(value) / top)
                 ax.add_patch(Rectangle((x, y + 0.08), len(text), 0.84, facecolor=str(grey), edgecolor="none"))
                 if value < 0:
                     ax.plot([x + 0.1, x + len(text) - 0.1], [y + 0.86] * 2, color="0.0", lw=0.7)
             for k, letter in enumerate(text):  # one by one: no font is exactly as wide as the grid
-                ax.text(x + k + 0.5, y + 0.5, letter.replace("$", r"\$"), family="monospace", fontsize=7.2, ha="center", va="center", weight="normal" if value else "bold")
+                ax.text(x + k + 0.5, y + 0.5, letter.replace("$", r"\$"), family="monospace", fontsize=7.2, ha="center", va="center", weight="normal" if line[0][2] else "bold")
     return figure

@@ -51,6 +51,8 @@ class Output:
         """
         self.folder, self.about = folder, json.loads(json.dumps(about, default=str))
         self.console = Console(highlight=False)
+        if not self.console.is_terminal:
+            self.console.width = 160  # a file or a pipe has no edge to fold tables at
         file = folder / "analysis.json"
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; name another folder with --out")
@@ -88,7 +90,7 @@ class Output:
             yield lambda: bar.advance(task)
 
     def table(self, name: str, title: str, rows: Sequence[dict[str, Any]], note: str = "", show: int = 40) -> None:
-        """Write `name`.csv and `name`.json, and print the first `show` rows. All rows have the keys of the first."""
+        """Write `name`.csv and `name`.json, and print the first `show` rows (0: none). All rows have the keys of the first."""
         columns = list(rows[0]) if rows else []
         with open(self.folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns)
@@ -96,6 +98,9 @@ class Output:
             writer.writerows({k: _plain(v) for k, v in row.items()} for row in rows)
         data = {"title": title, "note": note, "about": self.about, "rows": [{k: _plain(v) for k, v in row.items()} for row in rows]}
         (self.folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        if not show:
+            self.say(f"table: {self.folder / name}.csv, {len(rows)} rows")
+            return
         shown = Table(title=Text(title), title_justify="left", caption=Text(note), caption_justify="left")
         for column in columns:
             numeric = all(isinstance(row[column], (int, float, type(None))) for row in rows)

@@ -146,9 +146,10 @@ def bound(q1: float, q2: float, xi: float, delta: float) -> float:
 def sampled_course(
     q1: float, q2: float, r: float, xi: float, delta: float, eta: float, steps: int, rng: np.random.Generator, push: float = 0.0, episodes: int = 64
 ) -> Course:
-    """The same by sampling: each step plays `episodes` of both samples, with a failure chance of 1/2 without the action.
+    """The same by sampling: each step plays `episodes` of both samples.
 
     The push on a logit is the mean of (R - mean R)(1{action} - q), whose expectation is the joint advantage times (n - 1) / n.
+    Without the action, an episode fails so often that with it the chance lies as far from 0 or 1 (xi r must not exceed 1).
     """
     z1, z2 = math.log(q1 / (1 - q1)), math.log(q2 / (1 - q2))
     first, second = [q1], [q2]
@@ -156,7 +157,7 @@ def sampled_course(
         pushes = []
         for q, risk in ((q1, -xi * r), (q2, r)):
             taken = rng.random(episodes) < q
-            reward = rng.random(episodes) >= np.clip(0.5 + risk * taken, 0, 1)
+            reward = rng.random(episodes) >= (1 - risk) / 2 + risk * taken
             pushes.append(float(((reward - reward.mean()) * (taken - q)).mean()))
         z1, z2 = z1 + eta * (pushes[0] + delta * pushes[1]), z2 + eta * (pushes[1] + delta * pushes[0] + push)
         q1, q2 = sigmoid(z1), sigmoid(z2)
@@ -329,7 +330,8 @@ def theorem_a_1(output: Output) -> list[dict]:
     for ax, text in ((left, "probability"), (right, "growth of the good action's odds")):
         ax.set_xlabel("training time, η × steps")
         ax.set_ylabel(text)
-        ax.legend()
+    left.legend(loc="lower left")
+    right.legend(loc="lower right", bbox_to_anchor=(1, 0.2))
     ratio = None
     if found.turn is not None:
         q1, q2 = found.q1[found.turn], found.q2[found.turn]
