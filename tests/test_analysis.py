@@ -341,7 +341,9 @@ def by_definition(policy, a, b):
         with torch.no_grad():
             done = policy.model(input_ids=ids, output_hidden_states=True)
         place = slice(len(s.sample.prompt_ids) - 1, -1)
-        errors.append(torch.nn.functional.one_hot(torch.tensor(s.sample.response_ids), done.logits.shape[-1]) - done.logits[0, place].softmax(-1))
+        errors.append(
+            torch.nn.functional.one_hot(torch.tensor(s.sample.response_ids), done.logits.shape[-1]) - done.logits[0, place].softmax(-1)
+        )
         states.append(done.hidden_states[-1][0, place])
     for g, h in zip(errors[0], states[0]):
         for g2, h2 in zip(errors[1], states[1]):
@@ -374,7 +376,12 @@ def test_means_over_pairs_need_no_pairs(policy, small_config, tmp_path):
     for i, t in enumerate(told):  # what the tokens carry adds up to the sample's mean coupling
         assert sum(t.cross) == pytest.approx(table[i][cross[i]].mean().item(), rel=1e-3, abs=1e-4)
         assert sum(t.same) == pytest.approx(table[i][same[i]].mean().item(), rel=1e-3, abs=1e-4)
-    sketches = torch.stack([sketch([hidden.matrix(plain(policy.model).get_output_embeddings(), *gradients.states(policy, s.sample, small_config), None)[0]]) for s in found])
+    sketches = torch.stack(
+        [
+            sketch([hidden.matrix(plain(policy.model).get_output_embeddings(), *gradients.states(policy, s.sample, small_config), None)[0]])
+            for s in found
+        ]
+    )
     once = hidden.gap_draws(sketches, [s.positive for s in found], torch.ones(1, 9))
     assert once.item() == pytest.approx(rows[0]["gap"], rel=0.02)  # every sample drawn once: the gap itself
 
@@ -493,7 +500,9 @@ def test_consistency_is_the_share_of_equal_answers(policy, small_config, tmp_pat
     answers = iter(["look", "look", "look", "open box"] * 100)
 
     def generate(prompts, **_):
-        done = [policy.tokenizer(f"<think>x</think><action>{next(answers)}</action>", add_special_tokens=False)["input_ids"] for _ in prompts]
+        done = [
+            policy.tokenizer(f"<think>x</think><action>{next(answers)}</action>", add_special_tokens=False)["input_ids"] for _ in prompts
+        ]
         return [Completion(ids, [0.0] * len(ids)) for ids in done]
 
     policy.generate = generate
@@ -580,7 +589,9 @@ def test_every_analysis_leaves_tables_and_figures_and_resumes(name, more, files,
     for file in files:
         about = json.loads((tmp_path / "out" / f"{file}.json").read_text())
         assert about["rows"] and about["about"]["settings"]["env"]["max_turns"] == 3
-        assert (tmp_path / "out" / f"{file}.png").read_bytes()[:4] == b"\x89PNG" and "<svg" in (tmp_path / "out" / f"{file}.svg").read_text()
+        assert (tmp_path / "out" / f"{file}.png").read_bytes()[:4] == b"\x89PNG" and "<svg" in (
+            tmp_path / "out" / f"{file}.svg"
+        ).read_text()
         assert len((tmp_path / "out" / f"{file}.txt").read_text()) > 100
     if name == "behaviour":
         assert "not won in 3 turns" in (tmp_path / "out" / "failures.txt").read_text()

@@ -49,7 +49,9 @@ def looped(actions: Sequence[str]) -> list[bool]:
 
     An action taken four times in a row is a loop of two, too, so repeated and looped turns overlap.
     """
-    return [any(i + 1 >= 2 * m and actions[i + 1 - m : i + 1] == actions[i + 1 - 2 * m : i + 1 - m] for m in LOOPS) for i in range(len(actions))]
+    return [
+        any(i + 1 >= 2 * m and actions[i + 1 - m : i + 1] == actions[i + 1 - 2 * m : i + 1 - m] for m in LOOPS) for i in range(len(actions))
+    ]
 
 
 def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, config: Config, output: Output) -> list[dict[str, Any]]:
@@ -68,14 +70,22 @@ def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, c
         asked = output.part(f"consistency-{stage.key}", lambda: ask_again(policy, everything, options, config, output, stage))
         consistency += [at | r for r in consistency_rows(asked, options, config.seed)]
     how = "greedily" if config.eval.temperature == 0 else f"at temperature {config.eval.temperature:g}"
-    note = f"Episodes played {how}. Shares are over turns, ± 1.96 bootstrap standard errors over episodes; repeated: same action as the turn before; looped: the last 2 to 4 actions occurred twice in a row."
+    note = (
+        f"Episodes played {how}. Shares are over turns, ± 1.96 bootstrap standard errors over episodes; repeated: same action as the turn "
+        "before; looped: the last 2 to 4 actions occurred twice in a row."
+    )
     output.table("behaviour", "Flawed actions (new paper, Fig. 8, Table 5; old paper, Figs 2, 10a)", rows, note)
-    about = f"Share of {options.resamples} answers drawn again at temperature {config.rollout.temperature:g} whose action is the one taken; high: {HIGH:.0%} or more. Good, bad: by the {options.classes} labeller. ± 1.96 bootstrap standard errors over episodes."
+    about = (
+        f"Share of {options.resamples} answers drawn again at temperature {config.rollout.temperature:g} whose action is the one taken; high: "
+        f"{HIGH:.0%} or more. Good, bad: by the {options.classes} labeller. ± 1.96 bootstrap standard errors over episodes."
+    )
     output.table("consistency", "Consistency of turns (old paper, Figs 1, 5)", consistency, about)
     by = f"Episodes played {how}; Wilson 95 % intervals."
     output.table("success", "Success by task type (new paper, Fig. 1)", success, by)
     draw_flaws(rows, consistency, note + " " + about, output)
-    draw_success([r for r in success if r["iteration"] == stages[-1].iteration], f"{by} Policy at iteration {stages[-1].iteration}.", output)
+    draw_success(
+        [r for r in success if r["iteration"] == stages[-1].iteration], f"{by} Policy at iteration {stages[-1].iteration}.", output
+    )
     return [episode_text(e) for e in failures(episodes)]
 
 
@@ -113,7 +123,9 @@ def by_type(episodes: Sequence[Episode]) -> list[dict[str, Any]]:
 # --- consistency
 
 
-def ask_again(policy: Policy, episodes: Sequence[Episode], options: Options, config: Config, output: Output, stage: Stage) -> dict[str, list[tuple[int, float]]]:
+def ask_again(
+    policy: Policy, episodes: Sequence[Episode], options: Options, config: Config, output: Output, stage: Stage
+) -> dict[str, list[tuple[int, float]]]:
     """Kind of turn (repeated, good, bad) -> (episode, share of equal actions) of at most `turns` turns of that kind."""
     kinds: dict[str, list[tuple[int, Turn]]] = {"repeated": [], "good": [], "bad": []}
     for i, e in enumerate(episodes):
@@ -129,7 +141,10 @@ def ask_again(policy: Policy, episodes: Sequence[Episode], options: Options, con
             found[kind] = []
             for i, turn in some:
                 done = policy.generate(
-                    [turn.prompt_ids] * options.resamples, max_new_tokens=config.rollout.max_new_tokens, temperature=config.rollout.temperature, rng=rng
+                    [turn.prompt_ids] * options.resamples,
+                    max_new_tokens=config.rollout.max_new_tokens,
+                    temperature=config.rollout.temperature,
+                    rng=rng,
                 )
                 actions = [prompts.parse_response(policy.decode(d.ids))[0] or HARMLESS for d in done]
                 found[kind].append((i, sum(a == turn.action for a in actions) / len(actions)))
@@ -144,7 +159,18 @@ def consistency_rows(asked: dict[str, list[tuple[int, float]]], options: Options
         units = [i for i, _ in values]
         mean, low, high = gather.bootstrap_mean([v for _, v in values], units, options.bootstrap, seed)
         share, share_low, share_high = gather.bootstrap_mean([float(v >= HIGH) for _, v in values], units, options.bootstrap, seed)
-        rows.append({"turns": kind, "n": len(values), "consistency": mean, "low": low, "high": high, "high_share": share, "high_share_low": share_low, "high_share_high": share_high})
+        rows.append(
+            {
+                "turns": kind,
+                "n": len(values),
+                "consistency": mean,
+                "low": low,
+                "high": high,
+                "high_share": share,
+                "high_share_low": share_low,
+                "high_share_high": share_high,
+            }
+        )
     return rows
 
 
@@ -169,7 +195,11 @@ def draw_flaws(rows: Sequence[dict], consistency: Sequence[dict], note: str, out
     figure, panels = out.axes(2, 2, width=7.2, height=5.6)
     levels = list(dict.fromkeys(r["level"] for r in rows))
     iterations = sorted({r["iteration"] for r in rows})
-    for ax, key, text in ((panels[0][0], "repeated", "repeated turns, share"), (panels[0][1], "looped", "looped turns, share"), (panels[1][1], "actions", "actions an episode")):
+    for ax, key, text in (
+        (panels[0][0], "repeated", "repeated turns, share"),
+        (panels[0][1], "looped", "looped turns, share"),
+        (panels[1][1], "actions", "actions an episode"),
+    ):
         for i, (level, outcome) in enumerate((x, o) for x in levels for o in ("won", "lost")):
             mine = [r for r in rows if r["level"] == level and r["outcome"] == outcome]
             out.series(ax, i, *shifted(mine, i, iterations, key, f"{key}_low", f"{key}_high"), label=f"{level} {outcome}")

@@ -25,7 +25,7 @@ from gcdlite.gcd import judge as judging
 from gcdlite.gcd.labels import label
 from gcdlite.packing import logprobs
 from gcdlite.policy import Policy
-from gcdlite.records import Group, LabelledTurn, Sample, UserError
+from gcdlite.records import LabelledTurn, Sample, UserError
 from gcdlite.rollout import collect as play_groups
 from gcdlite.update import make_packs
 
@@ -43,8 +43,11 @@ def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, c
     rows = []
     for stage in stages:
         gather.enter(policy, stage)
-        groups, samples, judged = output.part(f"conflict-{stage.key}-samples", lambda: material(policy, pool, options, config))
-        measured = output.part(f"conflict-{stage.key}", lambda: measure(policy, samples, judged, options, config, output, f"iteration {stage.iteration}: gradients"))
+        samples, judged = output.part(f"conflict-{stage.key}-samples", lambda: material(policy, pool, options, config))
+        measured = output.part(
+            f"conflict-{stage.key}",
+            lambda: measure(policy, samples, judged, options, config, output, f"iteration {stage.iteration}: gradients"),
+        )
         rows += [{"iteration": stage.iteration} | row for row in measured]
     note = (
         f"Cosine of the gradient of sum A log pi over turns ({config.algo.name} advantages) with the gradient of another objective, with respect to "
@@ -56,8 +59,10 @@ def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, c
     draw_figure(rows, note, output)
 
 
-def material(policy: Policy, pool: Pool, options: Options, config: Config) -> tuple[list[Group], list[Sample], list[tuple[LabelledTurn, list[Sample]]]]:
-    """(groups of the first training games, at most 2 * samples policy samples, judged turns with their judgment samples)."""
+def material(
+    policy: Policy, pool: Pool, options: Options, config: Config
+) -> tuple[list[Sample], list[tuple[LabelledTurn, list[Sample]]]]:
+    """(at most 2 * samples policy samples, judged turns with their judgment samples) of training games drawn by seed."""
     rng = torch.Generator().manual_seed(config.seed)
     dice = random.Random(config.seed)
     tasks = pool.tasks("train")
@@ -74,10 +79,18 @@ def material(policy: Policy, pool: Pool, options: Options, config: Config) -> tu
         max_new_tokens=config.gcd.max_new_tokens, temperature=config.rollout.temperature, rng=rng,
     )  # fmt: skip
     written = judging.judgment_samples(judgments, size)
-    return groups, samples, [(t, written[i * size : (i + 1) * size]) for i, t in enumerate(targets)]
+    return samples, [(t, written[i * size : (i + 1) * size]) for i, t in enumerate(targets)]
 
 
-def measure(policy: Policy, samples: Sequence[Sample], judged: Sequence[tuple[LabelledTurn, list[Sample]]], options: Options, config: Config, output: Output, what: str) -> list[dict]:
+def measure(
+    policy: Policy,
+    samples: Sequence[Sample],
+    judged: Sequence[tuple[LabelledTurn, list[Sample]]],
+    options: Options,
+    config: Config,
+    output: Output,
+    what: str,
+) -> list[dict]:
     """One row an objective: cosine with the policy gradient, interval, ceiling, sample sizes."""
     turns = [t for t, _ in judged]
     judgments = [s for _, some in judged for s in some if any(s.advantages)]
@@ -101,13 +114,17 @@ def measure(policy: Policy, samples: Sequence[Sample], judged: Sequence[tuple[La
                 acting = collect(weighted(samples), [s.unit for s in samples])
                 results.append(
                     {
-                        "judgment": compare(acting, collect(weighted(judgments), [s.unit for s in judgments]), options.bootstrap, config.seed),
+                        "judgment": compare(
+                            acting, collect(weighted(judgments), [s.unit for s in judgments]), options.bootstrap, config.seed
+                        ),
                         "value": compare(acting, collect(of_value(), list(range(len(turns)))), options.bootstrap, config.seed),
                     }
                 )
     sizes = {"judgment": len(judgments), "value": len(turns)}
     return [
-        {"objective": NAMES[name]} | {k: average([r[name][k] for r in results]) for k in results[0][name]} | {"n_policy": len(samples), "n_other": sizes[name]}
+        {"objective": NAMES[name]}
+        | {k: average([r[name][k] for r in results]) for k in results[0][name]}
+        | {"n_policy": len(samples), "n_other": sizes[name]}
         for name in NAMES
     ]
 

@@ -96,7 +96,14 @@ def two_levels(levels: str) -> dict[str, str]:
 
 
 def episodes_of(
-    policy: Policy, pool: Pool, levels: dict[str, str], config: Config, games: int, output: Output, stage: Stage, temperature: float | None = None
+    policy: Policy,
+    pool: Pool,
+    levels: dict[str, str],
+    config: Config,
+    games: int,
+    output: Output,
+    stage: Stage,
+    temperature: float | None = None,
 ) -> dict[str, list[Episode]]:
     """One episode of each of `games` games a level (0: all), stratified by type, at the training temperature (or a given one)."""
 

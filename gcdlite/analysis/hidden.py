@@ -48,7 +48,9 @@ def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, c
         episodes = gather.episodes_of(policy, pool, levels, config, options.games, output, stage)
         found = gather.draw(gather.specimens(episodes, options.classes, config), options.samples, config.seed)
         chosen = [s for some in found.values() for s in some]
-        measured, tokens = output.part(f"hidden-{stage.key}", lambda: measure(policy, chosen, options, config, output, f"iteration {stage.iteration}: coupling"))
+        measured, tokens = output.part(
+            f"hidden-{stage.key}", lambda: measure(policy, chosen, options, config, output, f"iteration {stage.iteration}: coupling")
+        )
         rows += [{"iteration": stage.iteration} | row for row in measured]
     meant = "turns of won and of lost episodes" if options.classes == "episodes" else f"good and bad turns ({options.classes} labels)"
     note = (
@@ -144,7 +146,9 @@ class Told:
     domain: str = field(default="ID")
 
 
-def measure(policy: Policy, chosen: Sequence[Specimen], options: Options, config: Config, output: Output, what: str) -> tuple[list[dict], list[Told]]:
+def measure(
+    policy: Policy, chosen: Sequence[Specimen], options: Options, config: Config, output: Output, what: str
+) -> tuple[list[dict], list[Told]]:
     """(rows of the table, one raw and one cosine; tokens of every sample). ([row of None], []) with an empty class."""
     n = {c: sum(s.positive == c for s in chosen) for c in (True, False)}
     sizes = {"n_good": n[True], "n_bad": n[False]}
@@ -173,7 +177,10 @@ def measure(policy: Policy, chosen: Sequence[Specimen], options: Options, config
     for name, sums, sketched in (("raw", raw, table), ("cosine", unit, torch.nn.functional.normalize(table))):
         same, cross = pair_means(sums[True], sums[False])
         low, high = gather.interval(same - cross, gap_draws(sketched, positive, weights))
-        result.append({"measure": name, "same": same, "cross": cross, "gap": same - cross, "low": low, "high": high, "dropped": dropped / whole} | sizes)
+        result.append(
+            {"measure": name, "same": same, "cross": cross, "gap": same - cross, "low": low, "high": high, "dropped": dropped / whole}
+            | sizes
+        )
     return result, told
 
 
@@ -293,5 +300,14 @@ def text_figure(told: Sequence[Told]) -> Figure:
                 if value < 0:
                     ax.plot([x + 0.1, x + len(text) - 0.1], [y + 0.86] * 2, color="0.0", lw=0.7)
             for k, letter in enumerate(text):  # one by one: no font is exactly as wide as the grid
-                ax.text(x + k + 0.5, y + 0.5, letter.replace("$", r"\$"), family="monospace", fontsize=7.2, ha="center", va="center", weight="normal" if line[0][2] else "bold")
+                ax.text(
+                    x + k + 0.5,
+                    y + 0.5,
+                    letter.replace("$", r"\$"),
+                    family="monospace",
+                    fontsize=7.2,
+                    ha="center",
+                    va="center",
+                    weight="normal" if line[0][2] else "bold",
+                )
     return figure

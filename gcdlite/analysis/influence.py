@@ -48,7 +48,10 @@ def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, c
              "delta_log_pi": table[i, j].item()}
             for i, a in enumerate(chosen) for j, b in enumerate(chosen)
         ]  # fmt: skip
-        note = f"One SGD step of size {lr:.3g} on the adapter, along the gradient of the mean log-prob of turn `updated`; change of the log-prob of the action of `observed`."
+        note = (
+            f"One SGD step of size {lr:.3g} on the adapter, along the gradient of the mean log-prob of one turn's answer; change of the "
+            "log-prob of another turn's action, given its thought."
+        )
         output.table(f"influence-{stage.key}", f"Pairwise influence, iteration {stage.iteration}", rows, note, show=0)
         draw_figure(f"influence-{stage.key}", table, chosen, note, stage, output)
         summaries += [{"iteration": stage.iteration} | row for row in summary(table, chosen, options.bootstrap, config.seed)]
@@ -89,7 +92,9 @@ def action_logprobs(policy: Policy, chosen: Sequence[Specimen], masks: Sequence[
     return values
 
 
-def measure(policy: Policy, chosen: Sequence[Specimen], options: Options, config: Config, output: Output, stage: Stage) -> tuple[float, Tensor]:
+def measure(
+    policy: Policy, chosen: Sequence[Specimen], options: Options, config: Config, output: Output, stage: Stage
+) -> tuple[float, Tensor]:
     """(step size, Delta log pi (n, n))."""
     where = Trained(policy, config, policy.parameters())
     masks = [action_mask(policy, s) for s in chosen]
@@ -116,7 +121,11 @@ def measure(policy: Policy, chosen: Sequence[Specimen], options: Options, config
     rows = []
     with output.progress(f"iteration {stage.iteration}: one step on each of {len(chosen)} turns", len(chosen)) as step:
         for i, s in enumerate(chosen):
-            rows.append(output.part(f"influence-{stage.key}-row{i}", lambda s=s: after_step(policy, where, gradient(s), lr, chosen, masks, config) - before))
+            rows.append(
+                output.part(
+                    f"influence-{stage.key}-row{i}", lambda s=s: after_step(policy, where, gradient(s), lr, chosen, masks, config) - before
+                )
+            )
             step()
     return lr, torch.stack(rows)
 
@@ -177,5 +186,8 @@ def draw_figure(file: str, table: Tensor, chosen: Sequence[Specimen], note: str,
     ax.set_ylabel("turn that the step was taken on")
     ax.set_xlabel("turn whose action is observed")
     figure.colorbar(picture, ax=ax, shrink=0.7, extend="max", label="|Δ log π(action)|, nats")
-    caption = f"{note} Minus sign: a fall. Grey saturates at the 95th percentile. (+) good, (−) bad. {n} turns, {n * n} pairs, one step each: no interval; iteration {stage.iteration}."
+    caption = (
+        f"{note} Minus sign: a fall. Grey saturates at the 95th percentile. (+) good, (−) bad. {n} turns, {n * n} pairs, one step each: "
+        f"no interval; iteration {stage.iteration}."
+    )
     output.figure(file, figure, caption)

@@ -60,7 +60,9 @@ def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, c
     note = (
         f"Accuracy of greedy verdicts on the policy's own turns, against {options.classes} labels, as many good as bad turns; a verdict that cannot be read is "
         "wrong. balanced: mean of the classes. Wilson 95 % intervals, combined by Newcombe's method; turns of one episode are treated as independent. rules: "
-        "the papers' labeller in the judge's place, on those of the same turns that it labels. Protocol " + config.env.protocol + "; the paper's numbers are percentages against its own labels."
+        "the papers' labeller in the judge's place, on those of the same turns that it labels. Protocol "
+        + config.env.protocol
+        + "; the paper's numbers are percentages against its own labels."
     )
     output.table("judgment", "Judgment accuracy (new paper, Table 4)", rows, note)
     draw_figure(rows, note, output)
@@ -138,5 +140,3 @@ def draw_figure(rows: Sequence[dict], note: str, output: Output) -> None:
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     sizes = ", ".join(f"{r['level']} {r['n']}" for r in rows if r["class"] == "balanced" and r["iteration"] == iterations[-1])
     output.figure("judgment", figure, f"{note} Dotted: chance. Judged turns, half good and half bad: {sizes}; iteration {iterations[-1]}.")
-
-

@@ -126,7 +126,9 @@ def open_output(name: str, options: Options, config: Config | None, folder: Path
     """The output folder, with what is measured, how, and by which command. Raises UserError when it is in use."""
     given = asdict(options)
     given.pop("at")  # more iterations may be added to what is there
-    return Output(folder, {"analysis": name, "options": given, "settings": config.model_dump() if config else None, "made_by": environment()})
+    return Output(
+        folder, {"analysis": name, "options": given, "settings": config.model_dump() if config else None, "made_by": environment()}
+    )
 
 
 def axes(rows: int = 1, columns: int = 1, width: float = 6.4, height: float = 3.6, **options) -> tuple[Figure, Any]:

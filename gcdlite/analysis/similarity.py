@@ -48,7 +48,8 @@ def run(policy: Policy, pool: Pool | None, stages: Sequence[Stage], options: Opt
         for name in sets:
             found = specimens(policy, pool, name, options, config, output, stage)
             measured = output.part(
-                f"similarity-{stage.key}-{name}", lambda: measure(policy, found, options, config, output, f"iteration {stage.iteration}: gradients of {name}")
+                f"similarity-{stage.key}-{name}",
+                lambda: measure(policy, found, options, config, output, f"iteration {stage.iteration}: gradients of {name}"),
             )
             label = config.env.name if name == "env" else name
             rows += [{"data": label, "iteration": stage.iteration} | row | {"paper_7B": paper(label, row["pair"])} for row in measured]
@@ -71,7 +72,9 @@ def paper(data: str, pair: str) -> float | None:
     return PAPER[data][list(PAIRS).index(pair)] if data in PAPER else None
 
 
-def specimens(policy: Policy, pool: Pool | None, name: str, options: Options, config: Config, output: Output, stage: Stage) -> list[Specimen]:
+def specimens(
+    policy: Policy, pool: Pool | None, name: str, options: Options, config: Config, output: Output, stage: Stage
+) -> list[Specimen]:
     """Turns of the environment, or answers to questions, written by the policy as it stands."""
     if name != "env":
         return gather.answers(policy, name, options, config, output, stage)
@@ -96,7 +99,9 @@ def measure(policy: Policy, found: Sequence[Specimen], options: Options, config:
                         step()
 
                 summaries = {key: collect(gradients(some), [s.unit for s in some]) for key, some in sets.items()}
-            results.append({pair: compare(summaries["ID", a], summaries["OOD", b], options.bootstrap, config.seed) for pair, (a, b) in PAIRS.items()})
+            results.append(
+                {pair: compare(summaries["ID", a], summaries["OOD", b], options.bootstrap, config.seed) for pair, (a, b) in PAIRS.items()}
+            )
     rows = []
     for pair, (a, b) in PAIRS.items():
         one = [r[pair] for r in results]
@@ -163,7 +168,9 @@ def draw_figure(rows: Sequence[dict], note: str, output: Output) -> None:
                 x = k + 0.2 * (i - 1.5)
                 ax.bar(x, row["cosine"], 0.18, label=pair if k == 0 else None, **out.bars(i))
                 if row["low"] is not None:
-                    ax.errorbar(x, row["cosine"], yerr=[[row["cosine"] - row["low"]], [row["high"] - row["cosine"]]], color="0.0", capsize=2, lw=0.8)
+                    ax.errorbar(
+                        x, row["cosine"], yerr=[[row["cosine"] - row["low"]], [row["high"] - row["cosine"]]], color="0.0", capsize=2, lw=0.8
+                    )
                 if row["ceiling"] is not None:
                     ax.plot([x - 0.09, x + 0.09], [row["ceiling"]] * 2, color="0.0", lw=1.6)
                 ax.text(x, 0, pair, ha="center", va="bottom", fontsize=7, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8})

@@ -144,7 +144,16 @@ def bound(q1: float, q2: float, xi: float, delta: float) -> float:
 
 
 def sampled_course(
-    q1: float, q2: float, r: float, xi: float, delta: float, eta: float, steps: int, rng: np.random.Generator, push: float = 0.0, episodes: int = 64
+    q1: float,
+    q2: float,
+    r: float,
+    xi: float,
+    delta: float,
+    eta: float,
+    steps: int,
+    rng: np.random.Generator,
+    push: float = 0.0,
+    episodes: int = 64,
 ) -> Course:
     """The same by sampling: each step plays `episodes` of both samples.
 
@@ -198,7 +207,16 @@ def lemma(options: Options, rng: np.random.Generator, output: Output) -> list[di
     pictures = (("E[A·1{mistake}], push on the logit", joint_advantage, 0), ("E[A | mistake]", conditional_advantage, 2))
     for ax, (text, closed, k) in zip(panels, pictures):
         ax.plot(grid, [closed(q, r) for q in grid], color="0.0", label="closed form")
-        ax.errorbar(points, [s[k] for s in simulated], yerr=[1.96 * s[k + 1] for s in simulated], fmt="o", color="0.4", markerfacecolor="white", capsize=2, label="Monte Carlo")
+        ax.errorbar(
+            points,
+            [s[k] for s in simulated],
+            yerr=[1.96 * s[k + 1] for s in simulated],
+            fmt="o",
+            color="0.4",
+            markerfacecolor="white",
+            capsize=2,
+            label="Monte Carlo",
+        )
         ax.set_xlabel("q, probability of the action")
         ax.set_ylabel(text)
     panels[0].axvline(0.5, color="0.0", lw=0.8, ls=":")
@@ -211,7 +229,13 @@ def lemma(options: Options, rng: np.random.Generator, output: Output) -> list[di
     joint, joint_error, given, given_error = monte_carlo(options.q, r, p, EPISODES, rng)
     at = f"q = {options.q:g}, r = {r:g}"
     return [
-        row(f"Lemma 3.1, E[A·1{{mistake}}] at {at}", joint_advantage(options.q, r), joint, joint_error, "the papers call it the advantage of the action"),
+        row(
+            f"Lemma 3.1, E[A·1{{mistake}}] at {at}",
+            joint_advantage(options.q, r),
+            joint,
+            joint_error,
+            "the papers call it the advantage of the action",
+        ),
         row(f"Lemma 3.1, E[A | mistake] at {at}", conditional_advantage(options.q, r), given, given_error),
     ]
 
@@ -248,7 +272,11 @@ def push(options: Options, output: Output) -> list[dict]:
     right.set_xlabel("training time, η × steps")
     right.set_ylabel("q")
     right.set_ylim(-0.02, 1.02)
-    text = f"fixed points q− = {found[0]:.3f} (filled, stable), q+ = {found[1]:.3f} (open, unstable)" if found else "c > r/4: no fixed point, q always runs away"
+    text = (
+        f"fixed points q− = {found[0]:.3f} (filled, stable), q+ = {found[1]:.3f} (open, unstable)"
+        if found
+        else "c > r/4: no fixed point, q always runs away"
+    )
     output.figure(
         "push", figure,
         f"A constant push c = {c:g} on a flawed action of risk r = {r:g}: {text}. Left: push and self-correction; grey: danger zone, where a larger q is corrected less. "
@@ -256,7 +284,10 @@ def push(options: Options, output: Output) -> list[dict]:
     )  # fmt: skip
     note = "none above c = r/4" if found is None else "simulated: where q ends from a start 0.03 below q+"
     stable = pushed(found[1] - 0.03, r, c, eta, 20_000)[-1] if found and found[1] - 0.03 > found[0] else None
-    return [row(f"push c = {c:g}: stable q−", found[0] if found else None, stable, note=note), row(f"push c = {c:g}: unstable q+", found[1] if found else None, None)]
+    return [
+        row(f"push c = {c:g}: stable q−", found[0] if found else None, stable, note=note),
+        row(f"push c = {c:g}: unstable q+", found[1] if found else None, None),
+    ]
 
 
 def pushed(q: float, r: float, c: float, eta: float, steps: int) -> np.ndarray:
@@ -305,7 +336,13 @@ def theorem_3_2(rng: np.random.Generator, output: Output) -> list[dict]:
         row("Theorem 3.2: corrected condition wrong, share", 0.0, float(ours), None, "2qr(u² − q̂u + q̂²) + q̂r̂(u − 2q̂) < 0, u = 1 − q"),
         row("Theorem 3.2: p3/p1 grows, share of draws", 1.0, float(ratio), None, "second claim, as z3 − z1"),
         row("Theorem 3.2: p3 − p1 grows, share of draws", None, float(gap), None, "second claim taken literally: it can shrink"),
-        row(f"p3 − p1 at q={q}, q̂={q2}, r={r}, r̂={r2}: change in one step of η = 1", None, (new[2] - new[0]) - (1 - q2 - 2 * q), None, "a counterexample to the literal claim"),
+        row(
+            f"p3 − p1 at q={q}, q̂={q2}, r={r}, r̂={r2}: change in one step of η = 1",
+            None,
+            (new[2] - new[0]) - (1 - q2 - 2 * q),
+            None,
+            "a counterexample to the literal claim",
+        ),
     ]
 
 
@@ -353,7 +390,11 @@ def simulation(options: Options, rng: np.random.Generator, output: Output) -> li
     q, r, xi = options.q, options.r, options.xi
     q = min(max(q, 1e-3), 1 - 1e-3)
     eta = 1.0
-    cases = {f"δ = {options.delta:g}, c = {options.push:g}": (options.delta, options.push), f"δ = {options.delta:g}, no push": (options.delta, 0.0), "no coupling, no push": (0.0, 0.0)}
+    cases = {
+        f"δ = {options.delta:g}, c = {options.push:g}": (options.delta, options.push),
+        f"δ = {options.delta:g}, no push": (options.delta, 0.0),
+        "no coupling, no push": (0.0, 0.0),
+    }
     figure, ax = out.axes(width=6.4, height=3.4)
     rows = []
     time = np.arange(STEPS + 1)
@@ -365,7 +406,14 @@ def simulation(options: Options, rng: np.random.Generator, output: Output) -> li
         low, high = np.quantile(sampled, [0.1, 0.9], axis=0)
         ax.fill_between(time, low, high, facecolor="none", edgecolor=grey, hatch=("////", "....", "\\\\\\\\")[i], lw=0.3)
         error = sampled[:, -1].std(ddof=1) / math.sqrt(RUNS)
-        rows.append(row(f"simulation: q of the flawed action after {STEPS} steps, {name}", float(smooth.q2[-1]), float(sampled[:, -1].mean()), float(error)))
+        rows.append(
+            row(
+                f"simulation: q of the flawed action after {STEPS} steps, {name}",
+                float(smooth.q2[-1]),
+                float(sampled[:, -1].mean()),
+                float(error),
+            )
+        )
     ax.set_xlabel("training step")
     ax.set_ylabel("q of the flawed action")
     ax.set_ylim(-0.02, 1.02)
@@ -376,4 +424,3 @@ def simulation(options: Options, rng: np.random.Generator, output: Output) -> li
         "64 episodes a step of each sample. Set your own with --q --r --delta --push --xi.",
     )  # fmt: skip
     return rows
-
