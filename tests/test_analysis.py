@@ -199,6 +199,8 @@ def test_resampling_takes_whole_episodes():
     assert (weights[:, 0] + weights[:, 2] + weights[:, 3] == 3).all() and weights.unique().tolist() == [0, 1, 2, 3]
     mean, low, high = gather.bootstrap_mean([1.0, 0.0] * 50, list(range(100)), 2000, 0)
     assert mean == 0.5 and high - low == pytest.approx(2 * 1.96 * 0.05, rel=0.1)
+    assert gather.bootstrap_mean([1.0, 1.0, 1.0, 0.0], [0, 1, 2, 3], 500, 0)[2] > 1
+    assert gather.bootstrap_mean([1.0, 1.0, 1.0, 0.0], [0, 1, 2, 3], 500, 0, share=True)[2] == 1
     assert gather.bootstrap_mean([1.0, 0.0], [3, 3], 9, 0) == (0.5, None, None) and gather.bootstrap_mean([], [], 9, 0)[0] is None
 
 
@@ -521,6 +523,19 @@ def test_judgment_accuracy_by_hand():
     assert (good["rules"], bad["rules"], both["rules"], both["n_rules"]) == (1, 0.5, 0.75, 3)
     assert both["low"] < 0.625 < both["high"] and both["high"] - both["low"] < bad["high"] - bad["low"]
     assert judgment.table_rows([(1, 1)], [])[2]["accuracy"] is None
+
+
+def test_a_share_of_one_has_error_bars(tmp_path):
+    """Wilson's upper bound of 24 out of 24 is 1 but for rounding, and no error bar may have a negative length."""
+    rows = judgment.table_rows([(1, 1)] * 24 + [(0, 0)] * 24, [])
+    assert rows[0]["high"] < 1
+    judgment.draw_figure([{"iteration": 0, "level": "L0"} | r for r in rows], "note", output(tmp_path))
+    behaviour.draw_success(
+        [{"type": "a", "level": "L0", "domain": "ID", "n": 24, "success": 1.0, "low": 0.9, "high": rows[0]["high"]}],
+        "note",
+        output(tmp_path),
+    )
+    assert (tmp_path / "judgment.png").is_file() and (tmp_path / "success.svg").is_file()
 
 
 # --- stages and the command line

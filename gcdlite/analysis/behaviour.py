@@ -72,7 +72,7 @@ def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, c
     how = "greedily" if config.eval.temperature == 0 else f"at temperature {config.eval.temperature:g}"
     note = (
         f"Episodes played {how}. Shares are over turns, ± 1.96 bootstrap standard errors over episodes; repeated: same action as the turn "
-        "before; looped: the last 2 to 4 actions occurred twice in a row."
+        "before; looped: the last 2 to 4 actions occurred twice in a row. No width: no such turn."
     )
     output.table("behaviour", "Flawed actions (new paper, Fig. 8, Table 5; old paper, Figs 2, 10a)", rows, note)
     about = (
@@ -99,7 +99,7 @@ def flaws(episodes: Sequence[Episode], times: int, seed: int) -> list[dict[str, 
         row: dict[str, Any] = {"outcome": outcome, "episodes": len(some), "turns": len(turns)}
         for name, flags in (("repeated", repeated), ("looped", looped)):
             values = [float(x) for e in some for x in flags([t.action for t in e.turns])]
-            row[name], row[f"{name}_low"], row[f"{name}_high"] = gather.bootstrap_mean(values, units, times, seed)
+            row[name], row[f"{name}_low"], row[f"{name}_high"] = gather.bootstrap_mean(values, units, times, seed, share=True)
         counts = [len(e.turns) for e in some]
         row["actions"], row["actions_low"], row["actions_high"] = gather.bootstrap_mean(counts, range(len(some)), times, seed)
         row["tokens_a_turn"] = out.mean(len(t.response_ids) for t in turns)
@@ -157,8 +157,9 @@ def consistency_rows(asked: dict[str, list[tuple[int, float]]], options: Options
     rows = []
     for kind, values in asked.items():
         units = [i for i, _ in values]
-        mean, low, high = gather.bootstrap_mean([v for _, v in values], units, options.bootstrap, seed)
-        share, share_low, share_high = gather.bootstrap_mean([float(v >= HIGH) for _, v in values], units, options.bootstrap, seed)
+        mean, low, high = gather.bootstrap_mean([v for _, v in values], units, options.bootstrap, seed, share=True)
+        often = [float(v >= HIGH) for _, v in values]
+        share, share_low, share_high = gather.bootstrap_mean(often, units, options.bootstrap, seed, share=True)
         rows.append(
             {
                 "turns": kind,
@@ -192,7 +193,7 @@ def failures(episodes: dict[str, list[Episode]]) -> list[Episode]:
 
 def draw_flaws(rows: Sequence[dict], consistency: Sequence[dict], note: str, output: Output) -> None:
     """Four panels over training: repeated and looped turns, consistency, actions an episode."""
-    figure, panels = out.axes(2, 2, width=7.2, height=5.6)
+    figure, panels = out.axes(2, 2, width=7.8, height=5.6)
     levels = list(dict.fromkeys(r["level"] for r in rows))
     iterations = sorted({r["iteration"] for r in rows})
     for ax, key, text in (
@@ -213,9 +214,9 @@ def draw_flaws(rows: Sequence[dict], consistency: Sequence[dict], note: str, out
         ax.set_xticks(iterations)
         ax.margins(x=0.3)
         ax.set_ylim(bottom=0)
-    for ax in (panels[0][0], panels[1][0]):
+    for ax, place in ((panels[0][1], {"loc": "upper left", "bbox_to_anchor": (1, 1)}), (panels[1][0], {"loc": "lower left"})):
         if ax.containers:
-            ax.legend()
+            ax.legend(**place)
     last = [r for r in rows if r["iteration"] == iterations[-1] and r["outcome"] != "all"]
     sizes = ", ".join(f"{r['level']} {r['outcome']} {r['episodes']} episodes ({r['turns']} turns)" for r in last)
     asked = ", ".join(f"{r['n']} {r['turns']}" for r in consistency if r["iteration"] == iterations[-1])
@@ -234,11 +235,11 @@ def draw_success(rows: Sequence[dict], note: str, output: Output) -> None:
     for y, r in enumerate(reversed(rows)):
         inside = r["domain"] == "ID"
         ax.errorbar(
-            r["success"], y, xerr=[[r["success"] - r["low"]], [r["high"] - r["success"]]], color="0.0", capsize=2, lw=0.9,
+            r["success"], y, xerr=out.errors([r["success"]], [r["low"]], [r["high"]]), color="0.0", capsize=2, lw=0.9,
             marker="o" if inside else "s", markerfacecolor="0.0" if inside else "white",
         )  # fmt: skip
     ax.set_yticks(range(len(rows)), [f"{r['type']} ({r['level']}, n={r['n']})" for r in reversed(rows)], fontsize=8)
     ax.set_ylim(-0.6, len(rows) - 0.4)
-    ax.set_xlim(0, 1)
+    ax.set_xlim(-0.03, 1.03)
     ax.set_xlabel("won games, share")
     output.figure("success", figure, f"{note} Filled: in-domain, open: out-of-domain. n: games of the type.")

@@ -59,9 +59,7 @@ def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, c
     draw_figure(rows, note, output)
 
 
-def material(
-    policy: Policy, pool: Pool, options: Options, config: Config
-) -> tuple[list[Sample], list[tuple[LabelledTurn, list[Sample]]]]:
+def material(policy: Policy, pool: Pool, options: Options, config: Config) -> tuple[list[Sample], list[tuple[LabelledTurn, list[Sample]]]]:
     """(at most 2 * samples policy samples, judged turns with their judgment samples) of training games drawn by seed."""
     rng = torch.Generator().manual_seed(config.seed)
     dice = random.Random(config.seed)
@@ -171,7 +169,8 @@ def draw_figure(rows: Sequence[dict], note: str, output: Output) -> None:
     iterations = sorted({r["iteration"] for r in rows})
     for i, name in enumerate(NAMES.values()):
         mine = [r for r in rows if r["objective"] == name]
-        out.series(ax, i, *([r[k] for r in mine] for k in ("iteration", "cosine", "low", "high")), label=name)
+        aside = 0.02 * max(1, iterations[-1] - iterations[0]) * (2 * i - 1)  # so that error bars do not cover one another
+        out.series(ax, i, [r["iteration"] + aside for r in mine], *([r[k] for r in mine] for k in ("cosine", "low", "high")), label=name)
     ax.axhline(0, color="0.0", lw=0.8)
     ax.set_ylabel("cosine with the policy gradient")
     ax.set_xlabel("training iteration")

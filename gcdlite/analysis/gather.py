@@ -234,15 +234,20 @@ def interval(value: float, draws: Sequence[float] | torch.Tensor) -> tuple[float
     return value - spread, value + spread
 
 
-def bootstrap_mean(values: Sequence[float], units: Sequence[int], times: int, seed: int) -> tuple[float | None, float | None, float | None]:
-    """(mean, low, high) of values in units; no interval for a single unit."""
+def bootstrap_mean(
+    values: Sequence[float], units: Sequence[int], times: int, seed: int, share: bool = False
+) -> tuple[float | None, float | None, float | None]:
+    """(mean, low, high) of values in units; no interval for a single unit. That of a `share` ends at 0 and 1."""
     if not values:
         return None, None, None
     x = torch.tensor(values, dtype=torch.float64)
     if len(set(units)) < 2:
         return x.mean().item(), None, None
     w = resampled(units, times, seed).double()
-    return (x.mean().item(), *interval(x.mean().item(), (w @ x) / w.sum(1)))
+    low, high = interval(x.mean().item(), (w @ x) / w.sum(1))
+    if share and low is not None and high is not None:
+        low, high = max(0.0, low), min(1.0, high)
+    return x.mean().item(), low, high
 
 
 _CONTENT = re.compile(r"<(think|action)>(.*?)</\1>", re.DOTALL)

@@ -124,7 +124,7 @@ def draw_figure(rows: Sequence[dict], note: str, output: Output) -> None:
         for i, name in enumerate(("good", "bad", "balanced")):
             mine = [r for r in rows if r["class"] == name and r["accuracy"] is not None]
             x = [levels.index(r["level"]) + 0.25 * (i - 1) for r in mine]
-            error = [[r["accuracy"] - r["low"] for r in mine], [r["high"] - r["accuracy"] for r in mine]]
+            error = out.errors(*([r[k] for r in mine] for k in ("accuracy", "low", "high")))
             ax.bar(x, [r["accuracy"] for r in mine], 0.22, yerr=error, capsize=2, label=name, error_kw={"lw": 0.8}, **out.bars(i))
         ax.set_xticks(range(len(levels)), levels)
         ax.set_xlabel("level")
@@ -134,6 +134,7 @@ def draw_figure(rows: Sequence[dict], note: str, output: Output) -> None:
             mine = [r for r in rows if r["class"] == "balanced" and r["level"] == level]
             out.series(ax, i, *([r[k] for r in mine] for k in ("iteration", "accuracy", "low", "high")), label=level)
         ax.set_xlabel("training iteration")
+        ax.set_xticks(iterations)
     ax.axhline(0.5, color="0.0", lw=0.8, ls=":")
     ax.set_ylim(0, 1.05)
     ax.set_ylabel("accuracy of the verdicts" + ("" if len(iterations) == 1 else ", balanced"))

@@ -155,9 +155,13 @@ def series(ax, i: int, x: Sequence[float], y: Sequence[float | None], low: Seque
     if not points:
         return
     xs, ys, lows, highs = zip(*points)
-    down = [b - (c if c is not None else b) for b, c in zip(ys, lows)]
-    up = [(d if d is not None else b) - b for b, d in zip(ys, highs)]
-    ax.errorbar(xs, ys, yerr=[[max(0.0, e) for e in down], [max(0.0, e) for e in up]], label=label, capsize=2, **look(i))
+    ax.errorbar(xs, ys, yerr=errors(ys, lows, highs), label=label, capsize=2, **look(i))
+
+
+def errors(values: Sequence[float], low: Sequence[float | None], high: Sequence[float | None]) -> list[list[float]]:
+    """[lengths down, lengths up] of error bars, 0 where there is no interval. Rounding may put a bound just inside its value."""
+    down = [0.0 if bound is None else max(0.0, value - bound) for value, bound in zip(values, low)]
+    return [down, [0.0 if bound is None else max(0.0, bound - value) for value, bound in zip(values, high)]]
 
 
 def number(value: Any) -> str:

@@ -57,7 +57,7 @@ def run(policy: Policy, pool: Pool | None, stages: Sequence[Stage], options: Opt
         f"Cosine of mean gradients with respect to {options.parameters}"
         + (f" (an estimate: mean of {DRAWS} random projections to rank {config.lora.r})" if options.parameters == "adapter" else "")
         + f"; low, high: ±1.96 bootstrap standard errors over episodes; ceiling: what two samples of these sizes from one and the same "
-        f"population would give, from {SPLITS} split halves. Positive: {meaning(options.classes)}; MATH and GSM8K: right answers."
+        f"population would give, from {SPLITS} split halves. Sampled at temperature {config.rollout.temperature:g}. Positive: {meaning(options.classes)}; MATH and GSM8K: right answers."
     )
     output.table("similarity", "Gradient similarity (new paper, Table 1)", rows, note)
     draw_figure(rows, note, output)
@@ -125,6 +125,8 @@ def compare(a: Summary, b: Summary, times: int, seed: int) -> dict[str, float | 
     if len(set(a.units)) > 1 and len(set(b.units)) > 1:
         one, two = (gather.resampled(s.units, times, seed + k) @ s.sketches for k, s in enumerate((a, b)))  # (times, WIDTH)
         low, high = gather.interval(value, torch.cosine_similarity(one, two))
+        if low is not None and high is not None:
+            low, high = max(-1.0, low), min(1.0, high)
     halves = [reliability(s, seed) for s in (a, b)]
     ceiling = None if None in halves else math.sqrt(halves[0] * halves[1])
     return {"cosine": value, "low": low, "high": high, "ceiling": ceiling}
@@ -169,7 +171,7 @@ def draw_figure(rows: Sequence[dict], note: str, output: Output) -> None:
                 ax.bar(x, row["cosine"], 0.18, label=pair if k == 0 else None, **out.bars(i))
                 if row["low"] is not None:
                     ax.errorbar(
-                        x, row["cosine"], yerr=[[row["cosine"] - row["low"]], [row["high"] - row["cosine"]]], color="0.0", capsize=2, lw=0.8
+                        x, row["cosine"], yerr=out.errors([row["cosine"]], [row["low"]], [row["high"]]), color="0.0", capsize=2, lw=0.8
                     )
                 if row["ceiling"] is not None:
                     ax.plot([x - 0.09, x + 0.09], [row["ceiling"]] * 2, color="0.0", lw=1.6)
@@ -186,8 +188,9 @@ def draw_figure(rows: Sequence[dict], note: str, output: Output) -> None:
                 out.series(ax, i, *columns, label=pair)
             ax.set_title(d, fontsize=9)
             ax.set_xlabel("training iteration")
+            ax.set_xticks(iterations)
         panels[0][0].set_ylabel("cosine of mean gradients")
-        if panels[0][0].containers:
-            panels[0][0].legend()
+        if panels[0][-1].containers:
+            panels[0][-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
         caption = caption.replace(" Short horizontal lines: ceiling.", " Ceilings: in the table.")
     output.figure("similarity", figure, caption)
