@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 try:
-    from gcdlite import __version__
+    from gcdlite import __version__, analysis
     from gcdlite.config import CONFIG_DIR, Config, check_labeller, dump, find_config, known_keys, load, nearest, nearest_key, threads
     from gcdlite.records import UserError
 except ModuleNotFoundError as error:
@@ -103,6 +103,21 @@ def add_labels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--turns", type=int, default=200, metavar="N", help="turns that api and self are asked about (default: %(default)s)")
     parser.add_argument("--out", metavar="DIR", help="where labels.json goes (default: the run folder, where one is given)")
     add_settings(parser, "section.field=value")
+
+
+def add_analyze(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="; ".join(f"{name}: {text}" for name, text in analysis.NAMES.items()))
+    parser.add_argument("words", nargs="*", default=[], metavar="RUN", help="a run folder (unset: the model as it is), and section.field=value")
+    parser.add_argument("--out", required=True, metavar="DIR", help="where tables and figures go; the same command goes on there")
+    for option in ("--config", "--model", "--env"):
+        _, name, metavar, text = next(f for f in RUN_FLAGS if f[0] == option)
+        parser.add_argument(option, dest=name, metavar=metavar, help=f"without RUN: {text}")
+    for flag, kind, metavar, readers, text in analysis.FLAGS:
+        text = f"{', '.join(readers) if len(readers) < 5 else 'all but theory'}: {text}"
+        if kind is bool:
+            parser.add_argument(flag, action="store_true", default=None, help=text)
+        else:
+            parser.add_argument(flag, type=kind, metavar=metavar, help=text)
 
 
 def add_games(parser: argparse.ArgumentParser) -> None:
@@ -277,6 +292,44 @@ def labels(args: argparse.Namespace, faults: list[str]) -> int:
     return 0
 
 
+def analyze(args: argparse.Namespace, faults: list[str]) -> int:
+    """One analysis of the papers: tables and figures in --out."""
+    stop_on(faults)
+    if args.name not in analysis.NAMES:
+        raise UserError(f"unknown analysis {args.name!r}{nearest(args.name, analysis.NAMES)} (analyses: {', '.join(analysis.NAMES)})")
+    folders = [w for w in args.words if "=" not in w]
+    settings = [w for w in args.words if "=" in w]
+    if len(folders) > 1:
+        raise UserError(f"analyze takes one run folder, not {', '.join(folders)}")
+    options = analysis.options(args.name, {flag[2:]: getattr(args, flag[2:]) for flag, *_ in analysis.FLAGS})
+    if args.name == "theory":
+        if args.words:
+            raise UserError(f"theory needs no model: leave {args.words[0]} out")
+        from gcdlite.analysis import output, theory
+
+        theory.run(options, output.open_output(args.name, options, None, Path(args.out)))
+        return 0
+    flags = {name: getattr(args, name) for name in ("config", "model.name", "env.name")}
+    if folders:
+        if given := [name for name, value in flags.items() if value]:
+            raise UserError(f"{given[0]} cannot change: the run {folders[0]} has its own")
+        options.run = Path(folders[0])
+        config = of_run(options.run, settings, [], fixed=("lora.", "model.adapter", "model.name"))
+    else:
+        blank = {dest: None for _, dest, *_ in RUN_FLAGS}
+        config = chosen(argparse.Namespace(**blank | flags | {"settings": settings}), [])[1]
+    prepare(config)
+
+    from gcdlite.analysis import start
+    from gcdlite.view.transcript import write
+
+    failures = start.run(args.name, options, config, Path(args.out))
+    if failures:
+        write(Path(args.out) / "failures.txt", failures)
+        print(f"lost episodes, turn by turn: {Path(args.out) / 'failures.txt'}")
+    return 0
+
+
 def games(args: argparse.Namespace, faults: list[str]) -> int:
     """Generate ALFWorld games."""
     stop_on(faults)
@@ -327,6 +380,7 @@ COMMANDS = {
     "eval": (evaluate, add_eval, "evaluate a run's newest adapter"),
     "watch": (watch, add_watch, "play one game with a run's adapter, turn by turn"),
     "labels": (labels, add_labels, "precision and recall of the labellers against the oracle"),
+    "analyze": (analyze, add_analyze, "tables and figures of the papers' analyses: " + ", ".join(analysis.NAMES)),
     "games": (games, add_games, "generate ALFWorld games"),
     "plan": (plan, add_plan, "what fits on which card, and how long a run takes"),
     "doctor": (doctor, lambda parser: None, "what works on this machine, and what to install"),
@@ -392,15 +446,24 @@ def resumed(args: argparse.Namespace, faults: list[str]) -> tuple[Path, Config, 
 
 
 def of_run(
-    folder: Path, settings: list[str], faults: list[str], flags: dict[str, Any] | None = None, free: tuple[str, ...] = ("eval.",)
+    folder: Path,
+    settings: list[str],
+    faults: list[str],
+    flags: dict[str, Any] | None = None,
+    free: tuple[str, ...] = ("eval.",),
+    fixed: tuple[str, ...] | None = None,
 ) -> Config:
-    """The settings of a run folder, of which only how it is evaluated may change. Raises UserError with all faults."""
+    """The settings of a run folder. Only what begins with one of `free` may change, or all but what begins with `fixed`.
+
+    Raises UserError with all faults.
+    """
     file = folder / "config.yaml"
     if not file.is_file():
         raise UserError(f"{folder} is no run folder: it has no config.yaml")
-    fixed = [s.partition("=")[0] for s in settings if not s.startswith(free)]
-    can = " and ".join(f"{name}*" if name.endswith(".") else name for name in free)
-    return load(file, settings, flags, [*faults, *(f"{name} cannot change: the run has its own; only {can} can" for name in fixed)])
+    names = [s.partition("=")[0] for s in settings]
+    wrong = [n for n in names if (n.startswith(fixed) if fixed else not n.startswith(free))]
+    hint = "" if fixed else "; only " + " and ".join(f"{name}*" if name.endswith(".") else name for name in free) + " can"
+    return load(file, settings, flags, [*faults, *(f"{name} cannot change: the run has its own{hint}" for name in wrong)])
 
 
 def newest_adapter(folder: Path) -> tuple[Path, str]:

@@ -78,9 +78,36 @@ def save(folder: Path, policy: Policy, optimizer: Any, schedule: Any, state: Sta
         shutil.rmtree(scratch, ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"cannot save iteration {state.iteration} to {home}: {reason}; free some space and go on with --resume {folder}") from None
+    every = policy.config.checkpoint.keep_every
+    if every and (state.iteration % every == 0 or state.iteration == policy.config.steps):
+        keep_adapter(folder, target)
     for old in found(folder)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def keep_adapter(folder: Path, saved: Path) -> None:
+    """Copy a checkpoint's adapter to folder/adapters/iteration-N, which later checkpoints do not push out.
+
+    Raises UserError when the disk does not take it.
+    """
+    target = folder / "adapters" / saved.name
+    scratch = target.with_name(f".{target.name}.tmp")
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.copytree(saved / "adapter", scratch)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(scratch, target)
+    except OSError as error:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise UserError(f"cannot keep the adapter in {target}: {error.strerror}; free some space and go on with --resume {folder}") from None
+
+
+def adapters(folder: Path) -> dict[int, Path]:
+    """Iteration -> folder of every adapter that a run still has, earliest first: the kept ones and the checkpoints'."""
+    places = [*(folder / "checkpoints").glob("iteration-*/adapter"), *(folder / "adapters").glob("iteration-*")]
+    named = {int((p.parent if p.name == "adapter" else p).name.rpartition("-")[2]): p for p in places}
+    return dict(sorted((n, p) for n, p in named.items() if (p / "adapter_config.json").is_file()))
 
 
 def found(folder: Path) -> list[Path]:

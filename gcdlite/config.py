@@ -205,6 +205,10 @@ class Eval(Section):
     before: bool = Field(True, description="evaluate before training, too")
 
 
+class Checkpoint(Section):
+    keep_every: NonNegative = Field(0, description="iterations between adapters kept for good in DIR/adapters, for analyses over training; 0: none")
+
+
 class Coldstart(Section):
     trajectories: Positive = Field(200, description="expert episodes shown")
     judgments: NonNegative = Field(100, description="judgment examples beside them")
@@ -238,6 +242,7 @@ class Config(Section):
     gcd: Gcd = Field(default_factory=Gcd)
     api: Api = Field(default_factory=Api)
     eval: Eval = Field(default_factory=Eval)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     coldstart: Coldstart = Field(default_factory=Coldstart)
 
     @model_validator(mode="after")

@@ -101,6 +101,11 @@ DISTIL = {
     "brief": "One rule from this advice. Answer <think>why</think><rule>rule</rule>",
 }
 
+QUESTION = {
+    "full": "Solve the problem. Reason step by step, then write the final answer inside \\boxed{}.",
+    "brief": "Solve. Answer \\boxed{x}",
+}
+
 _TAG = {tag: re.compile(rf"<{tag}>(.*?)</{tag}>", re.DOTALL) for tag in ("think", *TAGS, "action", "advice", "rule")}
 _BOXED = re.compile(r"\\boxed\{\s*([^}]*?)\s*\}")
 
@@ -135,6 +140,11 @@ def turn_prompt(
     lines.append(s["can"])
     lines += [command for command in admissible if command != "help"]
     return "\n".join(lines)
+
+
+def question_prompt(style: str, problem: str) -> str:
+    """The user message that poses a mathematical problem."""
+    return f"{QUESTION[style]}\n{problem}"
 
 
 def answer(thought: str, action: str, tag: str = "think") -> str:

@@ -6,6 +6,7 @@
     DIR/episodes.jsonl     a few episodes of each iteration, as text
     DIR/suggestions.jsonl  every version of the suggestions, with the advice it came from
     DIR/checkpoints/       what a run needs to go on
+    DIR/adapters/          the adapters of chosen iterations (`checkpoint.keep_every`)
     DIR/adapter/           the trained adapter, for PeftModel.from_pretrained
     DIR/summary.json       before and after, at the end
 """

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -67,3 +68,18 @@ class Follower:
         """How it ended."""
         self.console.print()
         self.console.print(outcome(episode_text(episode)))
+
+
+def write(file: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Episodes of the run log (`runlog.episode_text`) as a plain text file, one after another."""
+    with open(file, "w", encoding="utf-8") as stream:
+        console = Console(file=stream, width=120, highlight=False, color_system=None)
+        for record in records:
+            console.rule(f"{record['type']}: {record['task']}", characters="=", align="left")
+            console.print(Text("task: " + record["description"]))
+            for number, turn in enumerate(record["turns"], 1):
+                console.print()
+                console.print(turn_text(number, turn))
+            console.print()
+            console.print(outcome(record))
+            console.print()

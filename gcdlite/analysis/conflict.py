@@ -1,0 +1,183 @@
+"""Do acting and judging pull the same way? (old paper, Fig. 10b)
+
+In: groups of episodes on training games. Out: the cosine of the policy gradient with the gradient of the generative
+judgment loss (GCD's), and with that of a value head which classifies the same turns from the last hidden state.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from gcdlite import advantages
+from gcdlite.analysis import Options, gather
+from gcdlite.analysis import output as out
+from gcdlite.analysis.gather import Stage
+from gcdlite.analysis.gradients import Gradient, Trained, collect, space, states
+from gcdlite.analysis.output import Output
+from gcdlite.analysis.similarity import DRAWS, average, compare
+from gcdlite.config import Config
+from gcdlite.envs.base import Pool
+from gcdlite.gcd import judge as judging
+from gcdlite.gcd.labels import label
+from gcdlite.packing import logprobs
+from gcdlite.policy import Policy
+from gcdlite.records import LabelledTurn, Sample, UserError
+from gcdlite.rollout import collect as play_groups
+from gcdlite.update import make_packs
+
+NAMES = {"judgment": "generative judgment", "value": "value-head classifier"}
+
+
+def check(options: Options) -> None:
+    """Raises UserError for parameters that a value head does not reach."""
+    if options.parameters == "lm_head":
+        raise UserError("--conflict compares with a loss that does not use lm_head: give --parameters adapter or layers:K")
+
+
+def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, config: Config, output: Output) -> None:
+    """Table and figure of both cosines at every stage."""
+    rows = []
+    for stage in stages:
+        gather.enter(policy, stage)
+        samples, judged = output.part(f"conflict-{stage.key}-samples", lambda: material(policy, pool, options, config))
+        measured = output.part(
+            f"conflict-{stage.key}",
+            lambda: measure(policy, samples, judged, options, config, output, f"iteration {stage.iteration}: gradients"),
+        )
+        rows += [{"iteration": stage.iteration} | row for row in measured]
+    note = (
+        f"Cosine of the gradient of sum A log pi over turns ({config.algo.name} advantages) with the gradient of another objective, with respect to "
+        f"{options.parameters}{f' (mean of {DRAWS} random projections)' if options.parameters == 'adapter' else ''}. Value head: logistic regression on the "
+        f"state that has read the response, fitted first. Labels: {config.gcd.labeller}. Low, high: ±1.96 bootstrap standard errors over episodes or "
+        "judged turns; ceiling: what perfect agreement would give at these sample sizes."
+    )
+    output.table("conflict", "Task conflict (old paper, Fig. 10b)", rows, note)
+    draw_figure(rows, note, output)
+
+
+def material(policy: Policy, pool: Pool, options: Options, config: Config) -> tuple[list[Sample], list[tuple[LabelledTurn, list[Sample]]]]:
+    """(at most 2 * samples policy samples, judged turns with their judgment samples) of training games drawn by seed."""
+    rng = torch.Generator().manual_seed(config.seed)
+    dice = random.Random(config.seed)
+    tasks = pool.tasks("train")
+    groups, metrics = play_groups(policy, pool, dice.sample(tasks, min(config.rollout.groups, len(tasks))), config, rng)
+    cost = config.reward.success * config.reward.malformed, config.reward.success * config.reward.inadmissible
+    rows = [advantages.ALGORITHMS[config.algo.name](g, *cost, config.algo.norm_over) for g in groups]
+    samples = [s for s in advantages.policy_samples(groups, rows) if any(s.advantages)]
+    samples = [samples[i] for i in sorted(dice.sample(range(len(samples)), min(2 * options.samples, len(samples))))]
+    labelled = label(advantages.all_episodes(groups), config.gcd.labeller, config.gcd.uninformative)
+    targets = judging.select(labelled, [], 2 * options.samples, dice)
+    size = config.gcd.group_size
+    judgments = judging.judge(
+        policy, targets, group_size=size, success_rate=metrics["rollout/success"], style=config.model.prompt,
+        max_new_tokens=config.gcd.max_new_tokens, temperature=config.rollout.temperature, rng=rng,
+    )  # fmt: skip
+    written = judging.judgment_samples(judgments, size)
+    return samples, [(t, written[i * size : (i + 1) * size]) for i, t in enumerate(targets)]
+
+
+def measure(
+    policy: Policy,
+    samples: Sequence[Sample],
+    judged: Sequence[tuple[LabelledTurn, list[Sample]]],
+    options: Options,
+    config: Config,
+    output: Output,
+    what: str,
+) -> list[dict]:
+    """One row an objective: cosine with the policy gradient, interval, ceiling, sample sizes."""
+    turns = [t for t, _ in judged]
+    judgments = [s for _, some in judged for s in some if any(s.advantages)]
+    draws = range(DRAWS if options.parameters == "adapter" else 1)
+    results = []
+    with output.progress(what, len(draws) * (len(samples) + len(judgments) + len(turns))) as step:
+        head = fit_head(policy, turns, config) if turns else None
+        for draw in draws:
+            with space(policy, config, options.parameters, draw) as where:
+
+                def weighted(some: Sequence[Sample]) -> Iterator[Gradient]:
+                    for s in some:
+                        yield where.of(s, s.advantages)
+                        step()
+
+                def of_value() -> Iterator[Gradient]:
+                    for t in turns:
+                        yield value_gradient(policy, where, head, t, config)
+                        step()
+
+                acting = collect(weighted(samples), [s.unit for s in samples])
+                results.append(
+                    {
+                        "judgment": compare(
+                            acting, collect(weighted(judgments), [s.unit for s in judgments]), options.bootstrap, config.seed
+                        ),
+                        "value": compare(acting, collect(of_value(), list(range(len(turns)))), options.bootstrap, config.seed),
+                    }
+                )
+    sizes = {"judgment": len(judgments), "value": len(turns)}
+    return [
+        {"objective": NAMES[name]}
+        | {k: average([r[name][k] for r in results]) for k in results[0][name]}
+        | {"n_policy": len(samples), "n_other": sizes[name]}
+        for name in NAMES
+    ]
+
+
+def turn_sample(turn) -> Sample:
+    return Sample(turn.prompt_ids, turn.response_ids, [1.0] * len(turn.response_ids), turn.logprobs)
+
+
+def fit_head(policy: Policy, turns: Sequence[LabelledTurn], config: Config, penalty: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Logistic regression of the label on the last state, (weight (h,), bias ()).
+
+    An untrained head would send an arbitrary direction back. The penalty is on the weights of standardised features.
+    """
+    x = torch.stack([states(policy, turn_sample(t.turn), config)[0][-1].float() for t in turns])  # (n, h)
+    y = torch.tensor([float(t.label) for t in turns], device=x.device)
+    middle, spread = x.mean(0), x.std(0).clamp_min(1e-6)
+    w = torch.zeros(x.shape[1], device=x.device, requires_grad=True)
+    b = torch.zeros((), device=x.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([w, b], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        logits = (x - middle) / spread @ w + b
+        value = torch.nn.functional.binary_cross_entropy_with_logits(logits, y, reduction="sum") + penalty / 2 * w @ w
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    weight = (w / spread).detach()
+    return weight, (b - middle @ weight).detach()
+
+
+def value_gradient(policy: Policy, where: Trained, head: tuple[Tensor, Tensor], turn: LabelledTurn, config: Config) -> Gradient:
+    """Gradient of log p(label | last state) through the model, the head held fixed."""
+    pack = make_packs(policy, [turn_sample(turn.turn)], config)[0]
+    last = logprobs(policy.model, pack, hidden=True).hidden[-1].float()
+    logit = last @ head[0] + head[1]
+    return where.backward(torch.nn.functional.logsigmoid(logit if turn.label else -logit))
+
+
+def draw_figure(rows: Sequence[dict], note: str, output: Output) -> None:
+    """Both cosines over training, or as two bars."""
+    figure, ax = out.axes(width=5.0, height=3.2)
+    iterations = sorted({r["iteration"] for r in rows})
+    for i, name in enumerate(NAMES.values()):
+        mine = [r for r in rows if r["objective"] == name]
+        aside = 0.02 * max(1, iterations[-1] - iterations[0]) * (2 * i - 1)  # so that error bars do not cover one another
+        out.series(ax, i, [r["iteration"] + aside for r in mine], *([r[k] for r in mine] for k in ("cosine", "low", "high")), label=name)
+    ax.axhline(0, color="0.0", lw=0.8)
+    ax.set_ylabel("cosine with the policy gradient")
+    ax.set_xlabel("training iteration")
+    ax.set_xticks(iterations)
+    ax.margins(x=0.3)
+    if ax.containers:
+        ax.legend()
+    last = [r for r in rows if r["iteration"] == iterations[-1]]
+    sizes = f"{last[0]['n_policy']} turns; " + ", ".join(f"{r['n_other']} ({r['objective']})" for r in last)
+    output.figure("conflict", figure, f"{note} Samples at the last point: {sizes}.")

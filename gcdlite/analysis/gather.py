@@ -1,0 +1,271 @@
+"""What the analyses look at: the states that a model went through in a run, and what it wrote in them.
+
+In: a run folder or settings. Out: stages (one adapter each), played episodes, and `Specimen`s, turns or answers with a
+class (positive or negative) and a domain (ID or OOD).
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gcdlite import checkpoint, prompts
+from gcdlite.analysis import Options
+from gcdlite.analysis.output import Output
+from gcdlite.config import Config
+from gcdlite.envs import qa
+from gcdlite.envs.alfworld.games import stratified
+from gcdlite.envs.base import Pool
+from gcdlite.gcd.labels import LABELLERS, label
+from gcdlite.policy import Policy, load_adapter_weights
+from gcdlite.records import Episode, Sample, UserError
+from gcdlite.rollout import play
+from gcdlite.runlog import read_lines
+
+DOMAINS = ("ID", "OOD")
+
+
+@dataclass
+class Stage:
+    """A state of the model: an iteration of a run and its adapter; without one, the model as training found it."""
+
+    iteration: int
+    adapter: Path | None
+
+    @property
+    def key(self) -> str:
+        return f"{self.iteration:06d}"
+
+
+@dataclass
+class Specimen:
+    """One response with its prompt, its class and where it came from."""
+
+    sample: Sample
+    positive: bool
+    domain: str  # "ID" or "OOD"
+    unit: int  # specimens of one episode (or question) share it: they are resampled together
+    action: str = ""
+
+
+def stages(run: Path | None, at: str) -> list[Stage]:
+    """The states to look at, in the order of training.
+
+    `at`: `all` that a run still has, `last`, or iterations joined by commas. Without a run there is one state, the
+    model that the settings name. Raises UserError for an iteration that is not there.
+    """
+    if run is None:
+        return [Stage(0, None)]
+    there = checkpoint.adapters(run)
+    if not there and (run / "adapter" / "adapter_config.json").is_file():  # checkpoints were deleted after the run
+        there = {(read_lines(run / "events.jsonl") or [{"iteration": 0}])[-1]["iteration"]: run / "adapter"}
+    if not there:
+        raise UserError(f"{run} holds no adapter yet: wait for its first checkpoint, or train again")
+    if at in ("all", "last"):
+        chosen = list(there) if at == "all" else list(there)[-1:]
+    else:
+        try:
+            chosen = sorted({int(word) for word in at.split(",")})
+        except ValueError:
+            raise UserError(f"--at {at}: give all, last, or iterations joined by commas") from None
+        if missing := [n for n in chosen if n not in there]:
+            hint = "; checkpoint.keep_every=N keeps every N-th from the start of a run"
+            raise UserError(f"{run} has no adapter of iteration {missing[0]}, only of {', '.join(map(str, there))}{hint}")
+    return [Stage(n, there[n]) for n in chosen]
+
+
+def enter(policy: Policy, stage: Stage) -> None:
+    """Give the policy the stage's adapter."""
+    if stage.adapter is not None:
+        load_adapter_weights(policy.model, stage.adapter)
+        policy.changed()
+
+
+def two_levels(levels: str) -> dict[str, str]:
+    """`L0,L2` -> {"ID": "L0", "OOD": "L2"}. Raises UserError unless there are two."""
+    names = [n.strip() for n in levels.split(",")]
+    if len(names) != 2 or not all(names):
+        raise UserError(f"--levels {levels}: name the in-domain and the out-of-domain level, as in L0,L2")
+    return dict(zip(DOMAINS, names))
+
+
+def episodes_of(
+    policy: Policy,
+    pool: Pool,
+    levels: dict[str, str],
+    config: Config,
+    games: int,
+    output: Output,
+    stage: Stage,
+    temperature: float | None = None,
+) -> dict[str, list[Episode]]:
+    """One episode of each of `games` games a level (0: all), stratified by type, at the training temperature (or a given one)."""
+
+    def level(name: str) -> list[Episode]:
+        tasks = stratified(pool.tasks(name), games)
+        rng = torch.Generator().manual_seed(config.seed)
+        played: list[Episode] = []
+        with output.progress(f"iteration {stage.iteration}: playing {name}", len(tasks)) as step:
+            for start in range(0, len(tasks), config.rollout.rows):
+                some = tasks[start : start + config.rollout.rows]
+                played += play(policy, pool, some, config, rng, config.rollout.temperature if temperature is None else temperature)
+                for _ in some:
+                    step()
+        return played
+
+    return {domain: output.part(f"episodes-{stage.key}-{name}", lambda name=name: level(name)) for domain, name in levels.items()}
+
+
+def check_classes(classes: str) -> str:
+    """Raises UserError unless it is `episodes` or labellers that there are."""
+    unknown = [] if classes == "episodes" else [name for name in classes.split("+") if name not in LABELLERS]
+    if unknown:
+        raise UserError(f"--classes {classes}: give episodes (turns of won or lost episodes), or a labeller: {', '.join(LABELLERS)}")
+    return classes
+
+
+def specimens(episodes: dict[str, list[Episode]], classes: str, config: Config) -> list[Specimen]:
+    """The turns of the episodes that have a class.
+
+    `episodes`: positive in a won episode, negative in a lost one (new paper, Sec. 3.1: successful and unsuccessful
+    samples). A labeller's name: positive and negative as it labels the turns (Fig. 4: good and bad actions).
+    """
+    found = []
+    unit = 0
+    for domain, played in episodes.items():
+        for episode in played:
+            if classes == "episodes":
+                labels = [(turn, episode.won) for turn in episode.turns if episode.error is None]
+            else:
+                labels = [(t.turn, bool(t.label)) for t in label([episode], classes, config.gcd.uninformative)]
+            for turn, positive in labels:
+                if turn.response_ids:
+                    sample = Sample(turn.prompt_ids, turn.response_ids, [1.0] * len(turn.response_ids), turn.logprobs, unit=unit)
+                    found.append(Specimen(sample, positive, domain, unit, turn.action))
+            unit += 1
+    return found
+
+
+def answers(policy: Policy, name: str, options: Options, config: Config, output: Output, stage: Stage) -> list[Specimen]:
+    """The model's own answers to questions of `math` or `gsm8k`, positive where they are right.
+
+    MATH's domains are its subjects (new paper, App. A); GSM8K has none, so random halves stand in their places.
+    """
+
+    def ask() -> list[Specimen]:
+        questions = by_domain(name, options, config.seed)
+        chosen = [(domain, q) for domain, some in questions.items() for q in some]
+        rng = torch.Generator().manual_seed(config.seed)
+        found = []
+        with output.progress(f"iteration {stage.iteration}: answering {name}", len(chosen)) as step:
+            for start in range(0, len(chosen), config.rollout.rows):
+                some = chosen[start : start + config.rollout.rows]
+                ids = [policy.encode(prompts.question_prompt(config.model.prompt, q.problem)) for _, q in some]
+                done = policy.generate(ids, max_new_tokens=config.rollout.max_new_tokens, temperature=config.rollout.temperature, rng=rng)
+                for k, ((domain, question), prompt, answer) in enumerate(zip(some, ids, done)):
+                    sample = Sample(prompt, answer.ids, [1.0] * len(answer.ids), answer.logprobs, unit=start + k)
+                    found.append(Specimen(sample, qa.correct(policy.decode(answer.ids), question.answer), domain, start + k))
+                    step()
+        return found
+
+    return output.part(f"answers-{stage.key}-{name}", ask)
+
+
+def by_domain(name: str, options: Options, seed: int) -> dict[str, list[qa.Question]]:
+    """At most `games` questions of each domain, drawn by seed."""
+    questions = qa.load(name, getattr(options, name))
+    dice = random.Random(seed)
+    dice.shuffle(questions)
+    if name == "math":
+        halves = {d: [q for q in questions if qa.domain(q) == d] for d in DOMAINS}
+    else:
+        halves = {d: questions[i::2] for i, d in enumerate(DOMAINS)}
+    return {d: some[: options.games or None] for d, some in halves.items()}
+
+
+def draw(found: Sequence[Specimen], count: int, seed: int) -> dict[tuple[str, bool], list[Specimen]]:
+    """At most `count` specimens of each (domain, positive), at random; in the order in which they were found."""
+    sets: dict[tuple[str, bool], list[Specimen]] = {(d, c): [] for d in DOMAINS for c in (False, True)}
+    for specimen in found:
+        sets[specimen.domain, specimen.positive].append(specimen)
+    dice = random.Random(seed)
+    return {key: [some[i] for i in sorted(dice.sample(range(len(some)), min(count, len(some))))] for key, some in sets.items()}
+
+
+def clusters(units: Sequence[int]) -> list[list[int]]:
+    """Places of the members of each unit. [7, 7, 9] -> [[0, 1], [2]]"""
+    places: dict[int, list[int]] = defaultdict(list)
+    for i, unit in enumerate(units):
+        places[unit].append(i)
+    return list(places.values())
+
+
+def resampled(units: Sequence[int], times: int, seed: int) -> torch.Tensor:
+    """How often each of n members is drawn in each bootstrap sample: (times, n), whole units drawn with replacement.
+
+    Turns of one episode depend on one another, so that drawing single turns would give intervals that are too short.
+    """
+    groups = clusters(units)
+    rng = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(groups), (times, len(groups)), generator=rng)  # (times, units)
+    counts = torch.zeros(times, len(groups)).scatter_add_(1, drawn, torch.ones(times, len(groups)))
+    weights = torch.zeros(times, len(units))
+    for k, members in enumerate(groups):
+        weights[:, members] = counts[:, k : k + 1]
+    return weights
+
+
+def interval(value: float, draws: Sequence[float] | torch.Tensor) -> tuple[float | None, float | None]:
+    """value ± 1.96 bootstrap standard errors; (None, None) for fewer than two finite draws.
+
+    Not the draws' percentiles: a resampled mean has twice the noise of the mean itself, which pulls cosines down.
+    """
+    draws = torch.as_tensor(draws, dtype=torch.float64)
+    draws = draws[torch.isfinite(draws)]
+    if len(draws) < 2:
+        return None, None
+    spread = 1.96 * draws.std().item()
+    return value - spread, value + spread
+
+
+def bootstrap_mean(
+    values: Sequence[float], units: Sequence[int], times: int, seed: int, share: bool = False
+) -> tuple[float | None, float | None, float | None]:
+    """(mean, low, high) of values in units; no interval for a single unit. That of a `share` ends at 0 and 1."""
+    if not values:
+        return None, None, None
+    x = torch.tensor(values, dtype=torch.float64)
+    if len(set(units)) < 2:
+        return x.mean().item(), None, None
+    w = resampled(units, times, seed).double()
+    low, high = interval(x.mean().item(), (w @ x) / w.sum(1))
+    if share and low is not None and high is not None:
+        low, high = max(0.0, low), min(1.0, high)
+    return x.mean().item(), low, high
+
+
+_CONTENT = re.compile(r"<(think|action)>(.*?)</\1>", re.DOTALL)
+
+
+def token_parts(policy: Policy, ids: Sequence[int]) -> tuple[list[str], list[str]]:
+    """(the text of each token, where it stands: `think`, `action`, or `format` for tags and all else).
+
+    A token belongs to where its first character that is not a space stands.
+    """
+    pieces = [policy.tokenizer.decode([i]) for i in ids]
+    text = "".join(pieces)
+    where = ["format"] * len(text)
+    for match in _CONTENT.finditer(text):
+        where[match.start(2) : match.end(2)] = [match[1]] * (match.end(2) - match.start(2))
+    parts, start = [], 0
+    for piece in pieces:
+        first = start + len(piece) - len(piece.lstrip())
+        parts.append(where[min(first, start + len(piece) - 1)] if piece else "format")
+        start += len(piece)
+    return pieces, parts

@@ -1,0 +1,313 @@
+"""Coupling through hidden states (new paper, Eq. 2 and Fig. 7; old paper, Figs 8, 9).
+
+For samples a and b, C(a, b) = sum_k sum_k' <g_a,k, g_b,k'> <h_a,k, h_b,k'> = <M_a, M_b>_F with M = sum_k g_k h_k^T, g = e_y - pi
+and h the input of lm_head. Over the whole vocabulary this is exactly the inner product of the two log-likelihood
+gradients with respect to an untied lm_head. Written with M, means over all pairs cost one pass over the tokens.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from rich.text import Text
+from torch import Tensor, nn
+
+from gcdlite.analysis import Options, gather
+from gcdlite.analysis import output as out
+from gcdlite.analysis.gather import Specimen, Stage
+from gcdlite.analysis.gradients import CHUNK, errors, sketch, states
+from gcdlite.analysis.output import Output
+from gcdlite.backbone import plain
+from gcdlite.config import Config
+from gcdlite.envs.base import Pool
+from gcdlite.policy import Policy
+from gcdlite.records import UserError
+
+LARGE = 20_000  # entries above which only the vocabulary that occurs is kept
+SHOWN = 4  # samples shown as text
+
+
+def check(options: Options) -> None:
+    """Raises UserError for a vocabulary that there is not."""
+    if options.vocab not in ("auto", "full", "occurring"):
+        raise UserError(f"--vocab {options.vocab}: give full, occurring, or auto")
+    gather.two_levels(options.levels)
+
+
+def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, config: Config, output: Output) -> None:
+    """Table and figure of the gap over training; at the last stage, the tokens that carry the coupling."""
+    levels = gather.two_levels(options.levels)
+    rows, tokens = [], []
+    for stage in stages:
+        gather.enter(policy, stage)
+        episodes = gather.episodes_of(policy, pool, levels, config, options.games, output, stage)
+        found = gather.draw(gather.specimens(episodes, options.classes, config), options.samples, config.seed)
+        chosen = [s for some in found.values() for s in some]
+        measured, tokens = output.part(
+            f"hidden-{stage.key}", lambda: measure(policy, chosen, options, config, output, f"iteration {stage.iteration}: coupling")
+        )
+        rows += [{"iteration": stage.iteration} | row for row in measured]
+    meant = "turns of won and of lost episodes" if options.classes == "episodes" else f"good and bad turns ({options.classes} labels)"
+    note = (
+        f"Mean coupling of Equation 2 over pairs of different turns of one class (same) and of both (cross); classes: {meant}. cosine: every M scaled "
+        "to length 1. Low, high: of the gap, ±1.96 bootstrap standard errors over episodes. dropped: share of |g|² in vocabulary rows left out."
+    )
+    output.table("hidden", "Hidden-state coupling (old paper, Fig. 8)", rows, note)
+    draw_gap(rows, note, output)
+    if tokens:
+        show_tokens(tokens, stages[-1], output)
+
+
+# --- Equation 2
+
+
+def kept_rows(specimens: Sequence[Specimen], vocab: str, size: int) -> Tensor | None:
+    """The vocabulary rows to keep: tokens that occur in the responses, or None for all."""
+    if vocab == "full" or vocab == "auto" and size <= LARGE:
+        return None
+    return torch.tensor(sorted({t for s in specimens for t in s.sample.response_ids}))
+
+
+def matrix(head: nn.Module, hidden: Tensor, targets: Tensor, rows: Tensor | None) -> tuple[Tensor, float, float]:
+    """(M (rows, h), sum of |g|^2 left out, sum of |g|^2) of one sample: hidden (T, h), targets (T,).
+
+    Rows that are left out are cut from g = e_y - pi after the softmax over all; nothing is renormalised.
+    """
+    size = len(head.weight)
+    total = torch.zeros(size if rows is None else len(rows), hidden.shape[1], device=hidden.device)
+    dropped = whole = 0.0
+    for part in torch.arange(len(targets)).split(max(1, CHUNK // size)):
+        g = errors(head, hidden[part], targets[part])  # (t, V)
+        whole += g.square().sum().item()
+        kept = g if rows is None else g[:, rows.to(g.device)]
+        total += kept.T @ hidden[part].float()
+        dropped += g.square().sum().item() - kept.square().sum().item()
+    return total, dropped, whole
+
+
+@dataclass
+class Pairs:
+    """Sums over one class from which the means over its pairs follow: sum of M, sum of |M|^2, number."""
+
+    total: Tensor | None = None
+    squares: float = 0.0
+    n: int = 0
+
+    def add(self, m: Tensor) -> None:
+        self.total = m.clone() if self.total is None else self.total.add_(m)
+        self.squares += m.square().sum().item()
+        self.n += 1
+
+
+def pair_means(good: Pairs, bad: Pairs) -> tuple[float, float]:
+    """(mean coupling of different samples of the same class, of samples of different classes).
+
+    sum over a != b of <M_a, M_b> = |sum M|^2 - sum |M|^2, so that no pair is ever computed.
+    """
+    same = sum(dot(p.total, p.total) - p.squares for p in (good, bad))
+    return same / sum(p.n * (p.n - 1) for p in (good, bad)), dot(good.total, bad.total) / (good.n * bad.n)
+
+
+def dot(a: Tensor, b: Tensor) -> float:
+    return (a.double() * b.double()).sum().item()
+
+
+def gap_draws(sketches: Tensor, positive: Sequence[bool], weights: Tensor) -> Tensor:
+    """The gap (same - cross) of each bootstrap sample, (times,). weights (times, n): how often each sample was drawn."""
+    gram = (sketches @ sketches.T).double()
+    gram.fill_diagonal_(0)
+    good = torch.tensor(positive, dtype=torch.float64)
+    w = weights.double()
+
+    def pairs(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """(sum of couplings, number) over pairs of different samples."""
+        return ((a @ gram) * b).sum(1), a.sum(1) * b.sum(1) - (a * b).sum(1)
+
+    one, two = w * good, w * (1 - good)
+    (gg, n_gg), (bb, n_bb), (gb, n_gb) = pairs(one, one), pairs(two, two), pairs(one, two)
+    return (gg + bb) / (n_gg + n_bb) - gb / n_gb
+
+
+@dataclass
+class Told:
+    """One sample as text, with what each token adds to the coupling with the other class and with its own."""
+
+    pieces: list[str]
+    parts: list[str]  # think, action, format
+    cross: list[float]
+    same: list[float]
+    positive: bool
+    action: str = ""
+    domain: str = field(default="ID")
+
+
+def measure(
+    policy: Policy, chosen: Sequence[Specimen], options: Options, config: Config, output: Output, what: str
+) -> tuple[list[dict], list[Told]]:
+    """(rows of the table, one raw and one cosine; tokens of every sample). ([row of None], []) with an empty class."""
+    n = {c: sum(s.positive == c for s in chosen) for c in (True, False)}
+    sizes = {"n_good": n[True], "n_bad": n[False]}
+    head = plain(policy.model).get_output_embeddings()
+    if min(n.values()) < 2:
+        blank = dict.fromkeys(("same", "cross", "gap", "low", "high", "dropped"))
+        return [{"measure": m} | blank | sizes for m in ("raw", "cosine")], []
+    rows = kept_rows(chosen, options.vocab, len(head.weight))
+    raw, unit = ({True: Pairs(), False: Pairs()} for _ in range(2))
+    sketches, dropped, whole = [], 0.0, 0.0
+    with output.progress(what, 2 * len(chosen)) as step:
+        for s in chosen:
+            m, left, all_ = matrix(head, *states(policy, s.sample, config), rows)
+            dropped, whole = dropped + left, whole + all_
+            raw[s.positive].add(m)
+            unit[s.positive].add(m / m.norm())
+            sketches.append(sketch([m]))
+            step()
+        told = []
+        for s in chosen:
+            told.append(tell(policy, head, s, raw, rows, config))
+            step()
+    table, positive = torch.stack(sketches), [s.positive for s in chosen]
+    weights = gather.resampled([s.unit for s in chosen], options.bootstrap, config.seed)
+    result = []
+    for name, sums, sketched in (("raw", raw, table), ("cosine", unit, torch.nn.functional.normalize(table))):
+        same, cross = pair_means(sums[True], sums[False])
+        low, high = gather.interval(same - cross, gap_draws(sketched, positive, weights))
+        result.append(
+            {"measure": name, "same": same, "cross": cross, "gap": same - cross, "low": low, "high": high, "dropped": dropped / whole}
+            | sizes
+        )
+    return result, told
+
+
+def tell(policy: Policy, head: nn.Module, s: Specimen, raw: dict[bool, Pairs], rows: Tensor | None, config: Config) -> Told:
+    """What each token k of a sample adds: g_k^T M h_k with M the mean of the other class, and of the rest of its own.
+
+    The sum over k is the sample's mean coupling with that class.
+    """
+    hidden, targets = states(policy, s.sample, config)
+    own, other = raw[s.positive], raw[not s.positive]
+    mine, _, _ = matrix(head, hidden, targets, rows)
+    scores: dict[str, list[float]] = {}
+    for name, m in (("cross", other.total / other.n), ("same", (own.total - mine) / (own.n - 1))):
+        scores[name] = token_scores(head, hidden, targets, m, rows).tolist()
+    pieces, parts = gather.token_parts(policy, s.sample.response_ids)
+    return Told(pieces, parts, scores["cross"], scores["same"], s.positive, s.action, s.domain)
+
+
+def token_scores(head: nn.Module, hidden: Tensor, targets: Tensor, m: Tensor, rows: Tensor | None) -> Tensor:
+    """g_k^T M h_k of each token: hidden (T, h), targets (T,), m (rows, h) -> (T,)"""
+    found = []
+    for part in torch.arange(len(targets)).split(max(1, CHUNK // len(head.weight))):
+        g = errors(head, hidden[part], targets[part])
+        g = g if rows is None else g[:, rows.to(g.device)]
+        found.append((g * (hidden[part].float() @ m.T)).sum(1))
+    return torch.cat(found)
+
+
+# --- pictures
+
+
+def draw_gap(rows: Sequence[dict], note: str, output: Output) -> None:
+    """The gap over training, raw and as cosine."""
+    figure, panels = out.axes(1, 2, width=7.0, height=3.0)
+    for ax, name in zip(panels, ("raw", "cosine")):
+        mine = [r for r in rows if r["measure"] == name]
+        out.series(ax, 0, *([r[k] for r in mine] for k in ("iteration", "gap", "low", "high")), label="gap")
+        ax.axhline(0, color="0.0", lw=0.8)
+        ax.set_xticks(sorted({r["iteration"] for r in mine}))
+        ax.margins(x=0.3)
+        ax.set_xlabel("training iteration")
+        ax.set_ylabel(f"coupling, same − cross class ({name})")
+    sizes = "; ".join(f"iteration {r['iteration']}: {r['n_good']} good, {r['n_bad']} bad" for r in rows if r["measure"] == "raw")
+    output.figure("hidden", figure, f"{note} Turns: {sizes}.")
+
+
+def show_tokens(told: Sequence[Told], stage: Stage, output: Output) -> None:
+    """A table of the tokens by what they carry, and some turns as shaded text."""
+    total = sum(abs(v) for t in told for v in t.cross) or 1.0
+    by_token: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
+    for t in told:
+        for piece, part, cross, same in zip(t.pieces, t.parts, t.cross, t.same):
+            by_token[piece, part].append((cross, same))
+    rows = [
+        {
+            "token": repr(piece), "part": part, "times": len(v), "share": sum(abs(c) for c, _ in v) / total,
+            "mean_cross": sum(c for c, _ in v) / len(v), "mean_same": sum(s for _, s in v) / len(v),
+        }
+        for (piece, part), v in by_token.items()
+    ]  # fmt: skip
+    rows.sort(key=lambda r: -r["share"])
+    note = f"share: of the sum over all tokens of their coupling's size with the other class; means keep the sign. {len(told)} turns, iteration {stage.iteration}."
+    output.table("tokens", "Tokens that carry the coupling (new paper, Fig. 7; old paper, Fig. 9)", rows, note, show=20)
+    parts = []
+    for part in ("think", "action", "format"):
+        mine = [v for t in told for v, p in zip(t.cross, t.parts) if p == part]
+        parts.append({"part": part, "tokens": len(mine), "share": sum(map(abs, mine)) / total, "mean_cross": out.mean(mine)})
+    output.table("parts", "Coupling by part of the answer", parts, note)
+    strongest = sorted(told, key=lambda t: -sum(t.cross))
+    chosen = [t for c in (True, False) for t in [t for t in strongest if t.positive == c][: SHOWN // 2]]
+    for t in chosen:
+        output.console.print(shaded(t, max(map(abs, t.cross))))
+    caption = (
+        f"The turns with the strongest coupling to the other class. The darker a token, the more of it the token carries (white: 0, dark: the turn's "
+        f"largest); underlined: negative, the token pulls the classes apart. {len(told)} turns were compared, iteration {stage.iteration}."
+    )
+    output.figure("tokens", text_figure(chosen), caption)
+
+
+def shaded(told: Told, top: float) -> Text:
+    """One sample for the terminal."""
+    text = Text(f"{'good' if told.positive else 'bad'}: ", "bold")
+    for piece, value in zip(told.pieces, told.cross):
+        level = int(255 - 150 * min(1.0, abs(value) / top)) if top else 255
+        text.append(piece, f"{'underline ' if value < 0 else ''}black on rgb({level},{level},{level})")
+    return text
+
+
+COLUMNS, POINTS = 96, 4.6  # characters a line, their width in points
+
+
+def text_figure(told: Sequence[Told]) -> Figure:
+    """The samples as text on a grid of characters, every token shaded by its score (what is below 5 % of the largest is not)."""
+    lines: list[list[tuple[int, str, float, float]]] = []  # of (column, text, score, largest score)
+    for t in told:
+        lines.append([(0, f"{'GOOD' if t.positive else 'BAD'} turn, {t.domain}, action: {t.action}", 0.0, 1.0)])
+        line, column = [], 0
+        for piece, value in zip(t.pieces, t.cross):
+            shown = piece.replace("\n", "⏎")
+            if column + len(shown) > COLUMNS and line:
+                lines.append(line)
+                line, column = [], 0
+            line.append((column, shown, value, max(map(abs, t.cross)) or 1.0))
+            column += len(shown)
+        lines += [line, []]
+    height = 0.2 * len(lines)
+    figure = Figure(figsize=(COLUMNS * POINTS / 72, height))
+    ax = figure.add_axes((0, 0, 1, 1))
+    ax.set_xlim(0, COLUMNS)
+    ax.set_ylim(len(lines), 0)
+    ax.axis("off")
+    for y, line in enumerate(lines):
+        for x, text, value, top in line:
+            if abs(value) > 0.05 * top:
+                grey = 1 - 0.5 * min(1.0, abs(value) / top)
+                ax.add_patch(Rectangle((x, y + 0.08), len(text), 0.84, facecolor=str(grey), edgecolor="none"))
+                if value < 0:
+                    ax.plot([x + 0.1, x + len(text) - 0.1], [y + 0.86] * 2, color="0.0", lw=0.7)
+            for k, letter in enumerate(text):  # one by one: no font is exactly as wide as the grid
+                ax.text(
+                    x + k + 0.5,
+                    y + 0.5,
+                    letter.replace("$", r"\$"),
+                    family="monospace",
+                    fontsize=7.2,
+                    ha="center",
+                    va="center",
+                    weight="normal" if line[0][2] else "bold",
+                )
+    return figure

@@ -1,0 +1,196 @@
+"""Gradient similarity between sets of samples (new paper, Table 1, Figs 4, 6, 10).
+
+In: positive and negative samples of two domains. Out: the cosine between the sets' mean gradients of the response's mean
+log-prob (no advantage): nn, np, pn, pp, first letter the in-domain set, second the out-of-domain set.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from gcdlite.analysis import Options, gather
+from gcdlite.analysis import output as out
+from gcdlite.analysis.gather import Specimen, Stage
+from gcdlite.analysis.gradients import Summary, collect, inner, space
+from gcdlite.analysis.output import Output
+from gcdlite.config import Config
+from gcdlite.envs import qa
+from gcdlite.envs.base import Pool
+from gcdlite.policy import Policy
+from gcdlite.records import UserError
+
+PAIRS = {"nn": (False, False), "np": (False, True), "pn": (True, False), "pp": (True, True)}  # (ID positive?, OOD positive?)
+DRAWS = 3  # of the probe adapter's A
+SPLITS = 50  # random halves, for the ceiling
+# New paper, Table 1 (7B), printed beside ours
+PAPER = {"math": (0.27, 0.19, 0.17, 0.26), "alfworld": (0.91, 0.90, 0.87, 0.89), "scienceworld": (0.80, 0.83, 0.74, 0.85)}
+
+
+def check(options: Options) -> None:
+    """Raises UserError for a data set that there is not, and for files that hold no questions."""
+    names = options.sets.split(",")
+    if unknown := [n for n in names if n not in ("env", "math", "gsm8k")]:
+        raise UserError(f"--sets {options.sets}: {unknown[0]!r} is none of env, math, gsm8k (env is the environment of the settings)")
+    gather.two_levels(options.levels)
+    for name in {"math", "gsm8k"} & set(names):
+        qa.load(name, getattr(options, name))
+
+
+def run(policy: Policy, pool: Pool | None, stages: Sequence[Stage], options: Options, config: Config, output: Output) -> None:
+    """Table and figure of the cosines of every data set at every stage."""
+    sets = options.sets.split(",")
+    rows = []
+    for stage in stages:
+        gather.enter(policy, stage)
+        for name in sets:
+            found = specimens(policy, pool, name, options, config, output, stage)
+            measured = output.part(
+                f"similarity-{stage.key}-{name}",
+                lambda: measure(policy, found, options, config, output, f"iteration {stage.iteration}: gradients of {name}"),
+            )
+            label = config.env.name if name == "env" else name
+            rows += [{"data": label, "iteration": stage.iteration} | row | {"paper_7B": paper(label, row["pair"])} for row in measured]
+    note = (
+        f"Cosine of mean gradients with respect to {options.parameters}"
+        + (f" (an estimate: mean of {DRAWS} random projections to rank {config.lora.r})" if options.parameters == "adapter" else "")
+        + f"; low, high: ±1.96 bootstrap standard errors over episodes; ceiling: what two samples of these sizes from one and the same "
+        f"population would give, from {SPLITS} split halves. Sampled at temperature {config.rollout.temperature:g}. Positive: {meaning(options.classes)}; MATH and GSM8K: right answers."
+    )
+    output.table("similarity", "Gradient similarity (new paper, Table 1)", rows, note)
+    draw_figure(rows, note, output)
+
+
+def meaning(classes: str) -> str:
+    return "turns of won episodes" if classes == "episodes" else f"turns that the labeller {classes} calls good"
+
+
+def paper(data: str, pair: str) -> float | None:
+    """The paper's number for 7B, or None."""
+    return PAPER[data][list(PAIRS).index(pair)] if data in PAPER else None
+
+
+def specimens(
+    policy: Policy, pool: Pool | None, name: str, options: Options, config: Config, output: Output, stage: Stage
+) -> list[Specimen]:
+    """Turns of the environment, or answers to questions, written by the policy as it stands."""
+    if name != "env":
+        return gather.answers(policy, name, options, config, output, stage)
+    levels = gather.two_levels(options.levels)
+    episodes = gather.episodes_of(policy, pool, levels, config, options.games, output, stage)
+    return gather.specimens(episodes, options.classes, config)
+
+
+def measure(policy: Policy, found: Sequence[Specimen], options: Options, config: Config, output: Output, what: str) -> list[dict]:
+    """The four cosines with intervals, ceilings and sample sizes; a row with an empty set has None for them."""
+    sets = gather.draw(found, options.samples, config.seed)
+    draws = range(DRAWS if options.parameters == "adapter" else 1)
+    results = []
+    with output.progress(what, len(draws) * sum(map(len, sets.values()))) as step:
+        for draw in draws:
+            with space(policy, config, options.parameters, draw) as where:
+
+                def gradients(some):
+                    for s in some:
+                        n = len(s.sample.response_ids)
+                        yield where.of(s.sample, [1 / n] * n)
+                        step()
+
+                summaries = {key: collect(gradients(some), [s.unit for s in some]) for key, some in sets.items()}
+            results.append(
+                {pair: compare(summaries["ID", a], summaries["OOD", b], options.bootstrap, config.seed) for pair, (a, b) in PAIRS.items()}
+            )
+    rows = []
+    for pair, (a, b) in PAIRS.items():
+        one = [r[pair] for r in results]
+        middle = {key: average([r[key] for r in one]) for key in one[0]}
+        rows.append({"pair": pair} | middle | {"n_ID": len(sets["ID", a]), "n_OOD": len(sets["OOD", b])})
+    return rows
+
+
+def average(values: Sequence[float | None]) -> float | None:
+    """Mean of what is there; None if any is missing."""
+    return None if any(v is None for v in values) else sum(values) / len(values)
+
+
+def compare(a: Summary, b: Summary, times: int, seed: int) -> dict[str, float | None]:
+    """Cosine of two sets' means (exact), its interval (from the sketches) and the ceiling."""
+    if not a.n or not b.n:
+        return dict.fromkeys(("cosine", "low", "high", "ceiling"))
+    norm = math.sqrt(inner(a.mean, a.mean) * inner(b.mean, b.mean))
+    value = inner(a.mean, b.mean) / norm if norm else float("nan")
+    low = high = None
+    if len(set(a.units)) > 1 and len(set(b.units)) > 1:
+        one, two = (gather.resampled(s.units, times, seed + k) @ s.sketches for k, s in enumerate((a, b)))  # (times, WIDTH)
+        low, high = gather.interval(value, torch.cosine_similarity(one, two))
+        if low is not None and high is not None:
+            low, high = max(-1.0, low), min(1.0, high)
+    halves = [reliability(s, seed) for s in (a, b)]
+    ceiling = None if None in halves else math.sqrt(halves[0] * halves[1])
+    return {"cosine": value, "low": low, "high": high, "ceiling": ceiling}
+
+
+def reliability(summary: Summary, seed: int) -> float | None:
+    """Cosine to expect between this mean and that of another sample as large from the same population.
+
+    The mean cosine c of random halves (whole episodes) is that of samples half as large; 2c / (1 + c) carries it to the
+    full size (Spearman 1910, Brown 1910). None for fewer than two episodes, 0 where halves point apart.
+    """
+    groups = gather.clusters(summary.units)
+    if len(groups) < 2:
+        return None
+    rng = torch.Generator().manual_seed(seed)
+    cosines = []
+    for _ in range(SPLITS):
+        order = torch.randperm(len(groups), generator=rng).tolist()
+        first = torch.zeros(summary.n)
+        for k in order[: len(order) // 2]:
+            first[groups[k]] = 1
+        cosines.append(torch.cosine_similarity(first @ summary.sketches, (1 - first) @ summary.sketches, dim=0).item())
+    c = sum(cosines) / len(cosines)
+    return max(0.0, 2 * c / (1 + c))
+
+
+def draw_figure(rows: Sequence[dict], note: str, output: Output) -> None:
+    """One stage: bars of the four cosines by data set. Several: their course over training, one panel a data set."""
+    data = list(dict.fromkeys(r["data"] for r in rows))
+    iterations = sorted({r["iteration"] for r in rows})
+    last = [r for r in rows if r["iteration"] == iterations[-1]]
+    sizes = "; ".join(d + ": " + ", ".join(f"{r['pair']} {r['n_ID']}+{r['n_OOD']}" for r in last if r["data"] == d) for d in data)
+    caption = f"{note} Samples (ID+OOD{'' if len(iterations) == 1 else ', last iteration'}): {sizes}. Short horizontal lines: ceiling."
+    if len(iterations) == 1:
+        figure, ax = out.axes(width=2.4 + 1.6 * len(data))
+        for i, pair in enumerate(PAIRS):
+            for k, d in enumerate(data):
+                row = next(r for r in rows if r["data"] == d and r["pair"] == pair)
+                if row["cosine"] is None:
+                    continue
+                x = k + 0.2 * (i - 1.5)
+                ax.bar(x, row["cosine"], 0.18, label=pair if k == 0 else None, **out.bars(i))
+                if row["low"] is not None:
+                    ax.errorbar(
+                        x, row["cosine"], yerr=out.errors([row["cosine"]], [row["low"]], [row["high"]]), color="0.0", capsize=2, lw=0.8
+                    )
+                if row["ceiling"] is not None:
+                    ax.plot([x - 0.09, x + 0.09], [row["ceiling"]] * 2, color="0.0", lw=1.6)
+                ax.text(x, 0, pair, ha="center", va="bottom", fontsize=7, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8})
+        ax.set_xticks(range(len(data)), data)
+        ax.set_ylabel("cosine of mean gradients")
+        ax.grid(axis="x", visible=False)
+    else:
+        figure, panels = out.axes(1, len(data), width=1.6 + 3.4 * len(data), sharey=True, squeeze=False)
+        for d, ax in zip(data, panels[0]):
+            for i, pair in enumerate(PAIRS):
+                mine = [r for r in rows if r["data"] == d and r["pair"] == pair]
+                columns = ([r[key] for r in mine] for key in ("iteration", "cosine", "low", "high"))
+                out.series(ax, i, *columns, label=pair)
+            ax.set_title(d, fontsize=9)
+            ax.set_xlabel("training iteration")
+            ax.set_xticks(iterations)
+        panels[0][0].set_ylabel("cosine of mean gradients")
+        if panels[0][-1].containers:
+            panels[0][-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
+        caption = caption.replace(" Short horizontal lines: ceiling.", " Ceilings: in the table.")
+    output.figure("similarity", figure, caption)

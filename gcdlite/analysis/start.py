@@ -1,0 +1,40 @@
+"""From the command line to an analysis: the model, the environment, the stages of the run and the output folder."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from gcdlite import envs
+from gcdlite.analysis import Options, gather
+from gcdlite.analysis.gradients import check_parameters
+from gcdlite.analysis.output import open_output
+from gcdlite.config import Config
+from gcdlite.policy import Policy, resolve
+
+
+def run(name: str, options: Options, config: Config, folder: Path) -> list[dict[str, Any]]:
+    """Do the analysis; returns episodes to write down as transcripts (`behaviour`), else an empty list.
+
+    Raises UserError for whatever the user can mend, before a model is loaded where that is possible.
+    """
+    check_parameters(options.parameters)
+    gather.check_classes(options.classes)
+    module = name
+    if name == "similarity":
+        module = "inputs" if options.inputs else "conflict" if options.conflict else name
+    analysis = import_module(f"gcdlite.analysis.{module}")
+    analysis.check(options)
+    stages = gather.stages(options.run, options.at)
+    resolve(config.model.name)
+    needs_games = module != "similarity" or "env" in options.sets.split(",")
+    if not needs_games:
+        return _with(None, analysis, stages, options, config, open_output(name, options, config, folder))
+    with envs.closing(envs.make(config)) as pool:
+        return _with(pool, analysis, stages, options, config, open_output(name, options, config, folder))
+
+
+def _with(pool, analysis, stages, options, config, output) -> list[dict[str, Any]]:
+    policy = Policy(config, adapter=stages[0].adapter)
+    return analysis.run(policy, pool, stages, options, config, output) or []

@@ -1,0 +1,674 @@
+"""Gradients, coupling, influence, behaviour and judgment: every number against a slow reference on a tiny model."""
+
+import gc
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from gcdlite import checkpoint
+from gcdlite import train as loop
+from gcdlite.analysis import Options, behaviour, conflict, gather, gradients, hidden, influence, judgment, options, similarity
+from gcdlite.analysis.gather import Specimen, Stage
+from gcdlite.analysis.gradients import Head, Trained, collect, sketch, space
+from gcdlite.analysis.output import Output
+from gcdlite.backbone import plain
+from gcdlite.envs import qa
+from gcdlite.policy import Policy
+from gcdlite.records import Episode, Sample, Task, Turn, UserError
+from gcdlite.sampling import Completion
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture
+def policy(small_config):
+    """An untrained model whose adapter is not zero, and whose lm_head is its own."""
+    policy = Policy(small_config)
+    rng = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=rng))
+    head = plain(policy.model).get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach() + 0.05 * torch.randn(head.weight.shape, generator=rng), requires_grad=False)
+    return policy
+
+
+def made(policy, n, seed=0, prompt=9, response=5, two_units=True):
+    """Specimens of random tokens: classes and domains take turns."""
+    rng = torch.Generator().manual_seed(seed)
+    size = len(policy.tokenizer)
+
+    def ids(count):
+        return torch.randint(4, size, (count,), generator=rng).tolist()
+
+    found = []
+    for i in range(n):
+        answer = ids(response + i % 3)
+        sample = Sample(ids(prompt), answer, [1.0] * len(answer), [0.0] * len(answer))
+        found.append(Specimen(sample, bool(i % 2), gather.DOMAINS[i // 2 % 2], i // 2 if two_units else i, f"act {i % 3}"))
+    return found
+
+
+def reference(policy, sample, parameters, weights=None):
+    """Gradient of the (weighted) mean log-prob by the library's own forward pass and autograd."""
+    ids = torch.tensor([sample.prompt_ids + sample.response_ids])
+    logits = policy.model(input_ids=ids).logits[0, len(sample.prompt_ids) - 1 : -1].float()
+    scores = logits.log_softmax(-1)[torch.arange(len(sample.response_ids)), sample.response_ids]
+    value = scores.mean() if weights is None else (scores * torch.tensor(weights)).sum()
+    return torch.autograd.grad(value, parameters)
+
+
+def head_weight(policy):
+    weight = plain(policy.model).get_output_embeddings().weight
+    return weight.requires_grad_(True)
+
+
+def output(folder):
+    return Output(folder, {"test": True})
+
+
+# --- gradients
+
+
+def test_the_heads_gradient_is_autograds(policy, small_config, monkeypatch):
+    s = made(policy, 1)[0].sample
+    weights = [0.3, -1.0, 2.0, 0.1, 0.5]
+    want = reference(policy, s, [head_weight(policy)], weights)[0]
+    assert torch.allclose(Head(policy, small_config).of(s, weights)[0], want, atol=1e-5)
+    monkeypatch.setattr(gradients, "CHUNK", 1)  # one token at a time
+    assert torch.allclose(Head(policy, small_config).of(s, weights)[0], want, atol=1e-5)
+
+
+def test_the_probe_is_a_random_projection_of_the_layers_gradient_and_leaves_no_trace(policy, small_config):
+    s = made(policy, 1)[0].sample
+    w = [1 / len(s.response_ids)] * len(s.response_ids)
+    names = {n: p.requires_grad for n, p in policy.model.named_parameters()}
+    with torch.no_grad():
+        before = policy.model(input_ids=torch.tensor([s.prompt_ids])).logits
+    with space(policy, small_config, "layers:1") as where:
+        layer = plain(policy.model).base_model.layers[-1].mlp.down_proj
+        full = dict(zip(map(id, where.parameters), where.of(s, w)))[id(layer.base_layer.weight)]
+        want = reference(policy, s, [layer.base_layer.weight])[0]
+        assert torch.allclose(full, want, atol=1e-6) and full.abs().max() > 1e-5
+    with space(policy, small_config, "adapter", draw=1) as where:
+        a, b = layer.lora_A["probe"].weight, layer.lora_B["probe"].weight
+        projected = dict(zip(map(id, where.parameters), where.of(s, w)))[id(b)]
+        assert torch.allclose(projected, full @ a.T, atol=1e-6)
+        assert a.square().sum(0).mean().item() == pytest.approx(1, abs=0.15)  # so that A^T A is the identity on average
+        assert len(where.parameters) == 2 * 7  # every linear layer of both blocks, B only
+    assert {n: p.requires_grad for n, p in policy.model.named_parameters()} == names
+    with torch.no_grad():
+        assert torch.equal(policy.model(input_ids=torch.tensor([s.prompt_ids])).logits, before)
+
+
+def test_layers_in_4_bit_are_unpacked_and_put_back(small_config):
+    pytest.importorskip("bitsandbytes")
+    small_config.model.quantization = "nf4"
+    policy = Policy(small_config)
+    s = made(policy, 1)[0].sample
+    kinds = [type(m).__name__ for m in policy.model.modules()]
+    with space(policy, small_config, "layers:1") as where:
+        found = where.of(s, [0.2] * 5)
+        assert all(p.is_floating_point() for p in where.parameters) and max(g.abs().max() for g in found) > 1e-6
+        want = reference(policy, s, where.parameters)
+        for g, w in zip(found, want):
+            assert torch.allclose(g, w.float(), atol=1e-5)
+    assert [type(m).__name__ for m in policy.model.modules()] == kinds
+
+
+@pytest.mark.parametrize("name", ["lm-head", "layers:0", "layers:x", "layers", "layers:3"])
+def test_unknown_parameters(name, policy, small_config):
+    with pytest.raises(UserError, match="--parameters"):
+        with space(policy, small_config, name):
+            pass
+
+
+def test_a_sketch_is_linear_and_puts_number_i_into_bucket_i_mod_width(monkeypatch):
+    monkeypatch.setattr(gradients, "CHUNK", 14)
+    sizes, width = (5, 9, 20), 7
+    gradient = [torch.randn(n) for n in sizes]
+    total = torch.zeros(width)
+    for i in range(sum(sizes)):
+        one = torch.zeros(sum(sizes))
+        one[i] = 1
+        image = sketch(list(one.split(sizes)), width)
+        assert image.nonzero().tolist() == [[i % width]] and abs(image[i % width]) == 1
+        total += image * torch.cat(gradient)[i]
+    assert torch.allclose(sketch(gradient, width), total, atol=1e-6)
+    assert torch.equal(sketch(gradient, 40)[:34], torch.cat(gradient))  # what fits is kept whole
+
+
+def test_sketches_keep_cosines():
+    rng = torch.Generator().manual_seed(0)
+    shared, a, b = (torch.randn(200_000, generator=rng) for _ in range(3))
+    one, two = [shared + a], [shared + b]
+    cosine = torch.cosine_similarity(sketch(one), sketch(two), dim=0).item()
+    assert cosine == pytest.approx(0.5, abs=0.03)
+
+
+# --- similarity
+
+
+def test_the_four_cosines_are_those_of_mean_gradients(policy, small_config, tmp_path):
+    found = made(policy, 16, two_units=False)
+    rows = similarity.measure(policy, found, Options(samples=8, bootstrap=20), small_config, output(tmp_path), "x")
+    weight = head_weight(policy)
+    means = {
+        (d, c): torch.stack([reference(policy, s.sample, [weight])[0] for s in found if s.domain == d and s.positive == c]).mean(0)
+        for d in gather.DOMAINS
+        for c in (True, False)
+    }
+    for row, (a, b) in zip(rows, ((False, False), (False, True), (True, False), (True, True))):
+        want = torch.cosine_similarity(means["ID", a].flatten(), means["OOD", b].flatten(), dim=0).item()
+        assert row["cosine"] == pytest.approx(want, abs=1e-4) and row["low"] < want < row["high"]
+        assert row["n_ID"] == row["n_OOD"] == 4
+    assert [r["pair"] for r in rows] == ["nn", "np", "pn", "pp"]
+    assert len({round(r["cosine"], 6) for r in rows}) == 4
+
+
+def test_an_empty_set_has_no_cosine(policy, small_config, tmp_path):
+    found = [s for s in made(policy, 8) if not (s.positive and s.domain == "OOD")]
+    rows = similarity.measure(policy, found, Options(bootstrap=5), small_config, output(tmp_path), "x")
+    assert [r["cosine"] is None for r in rows] == [False, True, False, True] and rows[1]["n_OOD"] == 0
+
+
+def test_memory_does_not_grow_with_the_number_of_samples(policy, small_config):
+    """Tensors of the gradient's size that are alive whenever the next gradient is asked for."""
+    where, size = Head(policy, small_config), plain(policy.model).get_output_embeddings().weight.numel()
+
+    def most(n):
+        seen = []
+
+        def each():
+            for s in made(policy, n):
+                seen.append(sum(torch.is_tensor(t) and t.numel() == size for t in gc.get_objects()))
+                yield where.of(s.sample, [1.0] * len(s.sample.response_ids))
+
+        collect(each(), list(range(n)), width=101)
+        return max(seen)
+
+    assert most(3) == most(12)
+
+
+def test_resampling_takes_whole_episodes():
+    weights = gather.resampled([4, 4, 7, 9, 9, 9], 200, 0)
+    assert torch.equal(weights[:, 0], weights[:, 1]) and torch.equal(weights[:, 3], weights[:, 5])
+    assert (weights[:, 0] + weights[:, 2] + weights[:, 3] == 3).all() and weights.unique().tolist() == [0, 1, 2, 3]
+    mean, low, high = gather.bootstrap_mean([1.0, 0.0] * 50, list(range(100)), 2000, 0)
+    assert mean == 0.5 and high - low == pytest.approx(2 * 1.96 * 0.05, rel=0.1)
+    assert gather.bootstrap_mean([1.0, 1.0, 1.0, 0.0], [0, 1, 2, 3], 500, 0)[2] > 1
+    assert gather.bootstrap_mean([1.0, 1.0, 1.0, 0.0], [0, 1, 2, 3], 500, 0, share=True)[2] == 1
+    assert gather.bootstrap_mean([1.0, 0.0], [3, 3], 9, 0) == (0.5, None, None) and gather.bootstrap_mean([], [], 9, 0)[0] is None
+
+
+def test_the_ceiling_is_what_two_samples_of_one_population_give():
+    rng = torch.Generator().manual_seed(0)
+    signal = torch.randn(2000, generator=rng)
+
+    def summary(n, noise):
+        rows = signal + noise * torch.randn(n, 2000, generator=rng)
+        return gradients.Summary([rows.mean(0)], rows, list(range(n)))
+
+    a, b = summary(32, 5.0), summary(32, 5.0)
+    found = similarity.compare(a, b, 100, 0)
+    assert found["ceiling"] == pytest.approx(1 / (1 + 25 / 32), abs=0.05) and found["cosine"] == pytest.approx(found["ceiling"], abs=0.08)
+    assert found["low"] < found["cosine"] < found["high"]
+    assert similarity.reliability(summary(8, 0.0), 0) == pytest.approx(1)
+    assert similarity.reliability(gradients.Summary([signal], signal[None], [0]), 0) is None
+
+
+def test_tf_idf_by_hand():
+    from gcdlite.analysis.inputs import pairwise, tf_idf
+
+    table = tf_idf(["Take apple, apple", "take MUG"])  # words: apple, mug, take
+    rare = 1 + torch.log(torch.tensor(3 / 2)).item()
+    assert torch.allclose(table, torch.tensor([[2 * rare, 0, 1], [0, rare, 1]]))
+    assert pairwise(torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]])).tolist() == [0.0, 1.0, 0.0]
+
+
+def test_task_conflict_uses_the_gradient_of_a_fitted_value_head(policy, small_config):
+    from gcdlite.records import LabelledTurn
+
+    turns = []
+    for i, s in enumerate(made(policy, 12)):
+        turn = Turn("", [], s.sample.prompt_ids, s.sample.response_ids, s.sample.logprobs, "", "", False, True)
+        turns.append(LabelledTurn(turn, i % 2, "oracle"))
+    head = conflict.fit_head(policy, turns, small_config)
+
+    def last(turn):
+        ids = torch.tensor([turn.turn.prompt_ids + turn.turn.response_ids[:-1]])
+        return plain(policy.model).base_model(input_ids=ids).last_hidden_state[0, -1]
+
+    with torch.no_grad():
+        said = [float(last(t) @ head[0] + head[1] > 0) for t in turns]
+    assert sum(s == t.label for s, t in zip(said, turns)) >= 11
+    with space(policy, small_config, "layers:1") as where:
+        found = conflict.value_gradient(policy, where, head, turns[0], small_config)
+        want = torch.autograd.grad(torch.nn.functional.logsigmoid(-(last(turns[0]) @ head[0] + head[1])), where.parameters)
+        for g, w in zip(found, want):
+            assert torch.allclose(g, w, atol=1e-5)
+        assert max(g.abs().max() for g in found) > 1e-4
+
+
+def test_conflict_compares_advantage_weighted_gradients(policy, small_config, tmp_path):
+    from gcdlite.records import LabelledTurn
+
+    samples, judged = [], []
+    for i, s in enumerate(made(policy, 8)):
+        s.sample.advantages = [(-1.0) ** i * (1 + i)] * len(s.sample.response_ids)
+        s.sample.unit = i
+        turn = Turn("", [], s.sample.prompt_ids, s.sample.response_ids, s.sample.logprobs, "", "", False, True)
+        if i < 4:
+            samples.append(s.sample)
+        else:
+            judged.append((LabelledTurn(turn, i % 2, "oracle"), [s.sample]))
+    rows = conflict.measure(policy, samples, judged, Options(parameters="layers:1", bootstrap=20), small_config, output(tmp_path), "x")
+    with space(policy, small_config, "layers:1") as where:
+        sums = [
+            sum(torch.cat([g.flatten() for g in reference(policy, s, where.parameters, s.advantages)]) for s in some)
+            for some in (samples, [s for _, some in judged for s in some])
+        ]
+    assert rows[0]["cosine"] == pytest.approx(torch.cosine_similarity(*sums, dim=0).item(), abs=1e-4)
+    assert [(r["n_policy"], r["n_other"]) for r in rows] == [(4, 4), (4, 4)] and rows[1]["cosine"] != rows[0]["cosine"]
+
+
+# --- questions
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "right"),
+    [("so \\boxed{\\frac{1}{2}}", "0.5", True), ("\\boxed{3}", "4", False), ("", "4", False), ("\\boxed{(3, \\pi/2)}", "\\left( 3, \\frac{\\pi}{2} \\right)", True),
+     ("The answer is \\boxed{70,000}.", "70000", True), ("no idea", "x^2", False)],
+)  # fmt: skip
+def test_answers_are_compared_by_value(response, answer, right):
+    assert qa.correct(response, answer) is right
+
+
+def test_the_real_data_sets():
+    if not SHARED.is_dir():
+        pytest.skip("MATH-500 and GSM8K are not in ../shared/data")
+    math, gsm8k = qa.load("math", SHARED / "math500.jsonl"), qa.load("gsm8k", SHARED / "gsm8k_test.jsonl")
+    assert (len(math), len(gsm8k), gsm8k[0].answer) == (500, 1319, "18")
+    assert [sum(qa.domain(q) == d for q in math) for d in gather.DOMAINS] == [238, 262]
+    solutions = [json.loads(line)["solution"] for line in (SHARED / "math500.jsonl").read_text().splitlines()]
+    assert all(qa.correct(solutions[i], math[i].answer) for i in range(0, 500, 50))
+    assert not any(qa.correct(solutions[i], math[i + 1].answer) for i in range(0, 500, 100))
+    assert all(qa.correct(f"It is \\boxed{{{q.answer}}}", q.answer) for q in gsm8k[:10])
+
+
+def test_questions_that_are_none(tmp_path):
+    file = tmp_path / "q.jsonl"
+    for text in ('{"question": "2 + 2?", "answer": "four"}', "nonsense", "", '{"problem": "p"}', "[]"):
+        file.write_text(text)
+        with pytest.raises(UserError):
+            qa.load("gsm8k", file)
+    with pytest.raises(UserError, match="cannot read"):
+        qa.load("math", tmp_path / "nowhere")
+
+
+def questions(folder, n=12):
+    file = folder / "gsm8k.jsonl"
+    file.write_text("".join(json.dumps({"question": f"What is {i} + 1?", "answer": f"...\n#### {i + 1}"}) + "\n" for i in range(n)))
+    return file
+
+
+def test_right_answers_are_positive(policy, small_config, tmp_path):
+    from test_train import scripted
+
+    def answer(prompt):
+        number = int(prompt.split("What is ")[1].split(" ")[0])
+        return f"\\boxed{{{number + 1 if number % 3 else 99}}}"
+
+    scripted(policy, answer)
+    some = Options(gsm8k=str(questions(tmp_path)), games=4)
+    found = gather.answers(policy, "gsm8k", some, small_config, output(tmp_path / "o"), Stage(0, None))
+    assert len(found) == 8 and len({s.unit for s in found}) == 8 and sum(s.domain == "ID" for s in found) == 4
+    for s in found:
+        assert s.positive == (int(policy.tokenizer.decode(s.sample.prompt_ids).split("What is ")[1].split(" ")[0]) % 3 > 0)
+    assert {s.positive for s in found} == {True, False}
+
+
+# --- Equation 2
+
+
+def by_definition(policy, a, b):
+    """C(a, b), token by token, from the library's own forward pass."""
+    total = 0.0
+    errors, states = [], []
+    for s in (a, b):
+        ids = torch.tensor([s.sample.prompt_ids + s.sample.response_ids])
+        with torch.no_grad():
+            done = policy.model(input_ids=ids, output_hidden_states=True)
+        place = slice(len(s.sample.prompt_ids) - 1, -1)
+        errors.append(
+            torch.nn.functional.one_hot(torch.tensor(s.sample.response_ids), done.logits.shape[-1]) - done.logits[0, place].softmax(-1)
+        )
+        states.append(done.hidden_states[-1][0, place])
+    for g, h in zip(errors[0], states[0]):
+        for g2, h2 in zip(errors[1], states[1]):
+            total += (g @ g2).item() * (h @ h2).item()
+    return total
+
+
+def test_coupling_is_equation_2_and_autograds_inner_product(policy, small_config):
+    a, b = made(policy, 2)
+    head = plain(policy.model).get_output_embeddings()
+    ms = [hidden.matrix(head, *gradients.states(policy, s.sample, small_config), None)[0] for s in (a, b)]
+    want = by_definition(policy, a, b)
+    assert hidden.dot(*ms) == pytest.approx(want, rel=1e-4) and abs(want) > 1e-3
+    weight = head_weight(policy)
+    one, two = (reference(policy, s.sample, [weight], [1.0] * len(s.sample.response_ids))[0] for s in (a, b))
+    assert hidden.dot(one, two) == pytest.approx(want, rel=1e-4)
+
+
+def test_means_over_pairs_need_no_pairs(policy, small_config, tmp_path):
+    found = made(policy, 9, two_units=False)
+    rows, told = hidden.measure(policy, found, Options(vocab="full", bootstrap=50), small_config, output(tmp_path), "x")
+    table = torch.tensor([[by_definition(policy, a, b) for b in found] for a in found])
+    same = torch.tensor([[a.positive == b.positive and a is not b for b in found] for a in found])
+    cross = torch.tensor([[a.positive != b.positive for b in found] for a in found])
+    unit = table / table.diagonal().sqrt().outer(table.diagonal().sqrt())
+    for row, values in zip(rows, (table, unit)):
+        assert row["same"] == pytest.approx(values[same].mean().item(), rel=1e-3, abs=1e-5)
+        assert row["cross"] == pytest.approx(values[cross].mean().item(), rel=1e-3, abs=1e-5)
+        assert row["gap"] == pytest.approx(row["same"] - row["cross"]) and row["low"] < row["gap"] < row["high"] and row["dropped"] == 0
+    for i, t in enumerate(told):  # what the tokens carry adds up to the sample's mean coupling
+        assert sum(t.cross) == pytest.approx(table[i][cross[i]].mean().item(), rel=1e-3, abs=1e-4)
+        assert sum(t.same) == pytest.approx(table[i][same[i]].mean().item(), rel=1e-3, abs=1e-4)
+    sketches = torch.stack(
+        [
+            sketch([hidden.matrix(plain(policy.model).get_output_embeddings(), *gradients.states(policy, s.sample, small_config), None)[0]])
+            for s in found
+        ]
+    )
+    once = hidden.gap_draws(sketches, [s.positive for s in found], torch.ones(1, 9))
+    assert once.item() == pytest.approx(rows[0]["gap"], rel=0.02)  # every sample drawn once: the gap itself
+
+
+def test_the_restricted_vocabulary_drops_rows_and_says_how_much(policy, small_config):
+    found = made(policy, 4)
+    head = plain(policy.model).get_output_embeddings()
+    rows = hidden.kept_rows(found, "occurring", len(head.weight))
+    assert rows.tolist() == sorted({t for s in found for t in s.sample.response_ids})
+    assert hidden.kept_rows(found, "auto", 20_000) is None and len(hidden.kept_rows(found, "auto", 20_001)) == len(rows)
+    state = gradients.states(policy, found[0].sample, small_config)
+    full, none, whole = hidden.matrix(head, *state, None)
+    few, dropped, all_ = hidden.matrix(head, *state, rows)
+    assert torch.allclose(few, full[rows]) and none == 0 and whole == all_
+    g = gradients.errors(head, *state)
+    gone = torch.ones(g.shape[1], dtype=torch.bool).index_fill_(0, rows, False)
+    assert dropped == pytest.approx(g[:, gone].square().sum().item(), rel=1e-3) and 0 < dropped < whole
+
+
+def test_cost_is_linear_in_the_samples(policy, small_config, tmp_path, monkeypatch):
+    tokens = []
+    monkeypatch.setattr(hidden, "errors", lambda head, h, t: tokens.append(len(t)) or gradients.errors(head, h, t))
+
+    def cost(n):
+        tokens.clear()
+        hidden.measure(policy, made(policy, n), Options(bootstrap=2), small_config, output(tmp_path / str(n)), "x")
+        return sum(tokens)
+
+    assert cost(12) == 2 * cost(6)
+
+
+def test_parts_of_an_answer(policy):
+    ids = policy.tokenizer("<think>go to it</think><action>take mug 1</action>", add_special_tokens=False)["input_ids"]
+    pieces, parts = gather.token_parts(policy, ids)
+    text = {name: "".join(p for p, q in zip(pieces, parts) if q == name).strip() for name in ("think", "action", "format")}
+    assert text == {"think": "go to it", "action": "take mug 1", "format": "<think></think><action></action>"}
+
+
+# --- influence
+
+
+def spoken(policy, actions):
+    found = []
+    for i, action in enumerate(actions):
+        ids = policy.tokenizer(f"<think>x</think><action>{action}</action>", add_special_tokens=False)["input_ids"]
+        prompt = policy.encode(f"Now: room {i}")
+        found.append(Specimen(Sample(prompt, ids, [1.0] * len(ids), [0.0] * len(ids)), bool(i % 2), "ID", i, action))
+    return found
+
+
+def test_influence_is_a_step_and_the_weights_come_back(policy, small_config, tmp_path):
+    found = spoken(policy, ["take mug 1", "look", "take mug 1", "go to desk 1"])
+    before = [p.detach().clone() for p in policy.model.parameters()]
+    lr, table = influence.measure(policy, found, Options(nudge=0.01), small_config, output(tmp_path), Stage(0, None))
+    assert all(torch.equal(p, old) for p, old in zip(policy.model.parameters(), before))
+
+    def action_score(s):
+        ids = s.sample.response_ids
+        start = len(policy.tokenizer("<think>x</think><action>", add_special_tokens=False)["input_ids"])
+        with torch.no_grad():
+            logits = policy.model(input_ids=torch.tensor([s.sample.prompt_ids + ids])).logits[0, len(s.sample.prompt_ids) - 1 : -1]
+        return sum(logits.log_softmax(-1)[k, ids[k]].item() for k in range(start, len(ids) - 1))
+
+    old = [action_score(s) for s in found]
+    grads = reference(policy, found[1].sample, policy.parameters())
+    with torch.no_grad():
+        for p, g in zip(policy.parameters(), grads):
+            p += lr * g
+    assert table[1].tolist() == pytest.approx([action_score(s) - o for s, o in zip(found, old)], abs=2e-5)
+    assert table.abs().min() > 0
+    rows = {r["pairs"]: r for r in influence.summary(table, found, 20, 0)}
+    assert rows["same action"]["n"] == 2 and rows["same action"]["mean"] == pytest.approx((table[0, 2] + table[2, 0]).item() / 2)
+    assert rows["good on bad"]["n"] == 4 and rows["good on good"]["mean"] == pytest.approx((table[1, 3] + table[3, 1]).item() / 2)
+
+
+def test_weights_come_back_when_the_step_fails(policy, small_config):
+    found = spoken(policy, ["look", "look"])
+    where = Trained(policy, small_config, policy.parameters())
+    before = [p.detach().clone() for p in where.parameters]
+    with pytest.raises(IndexError):
+        influence.after_step(policy, where, [torch.ones_like(p) for p in before], 1.0, found, [], small_config)
+    assert all(torch.equal(p, old) for p, old in zip(where.parameters, before))
+
+
+# --- behaviour and judgment
+
+
+def test_repeats_and_loops_by_hand():
+    assert behaviour.repeated(list("aabba")) == [False, True, False, True, False]
+    assert behaviour.looped(list("ababc")) == [False, False, False, True, False]
+    assert behaviour.looped(list("abcabcd")) == [False] * 5 + [True, False]
+    assert behaviour.looped(list("abcdabcd"))[-1] and not any(behaviour.looped(list("abcdeabcde")))
+    assert behaviour.looped(list("aaaa")) == [False, False, False, True]
+
+
+def episode(actions, won, kind="a", tokens=3):
+    turns = [Turn("o", ["look"], [1], [1] * tokens, [0.0] * tokens, "", a, False, True) for a in actions]
+    return Episode(Task(kind, kind, kind), "task", turns, won=won)
+
+
+def test_shares_of_flawed_turns():
+    rows = behaviour.flaws([episode("aab", True), episode("abab", False), episode("cc", False)], 50, 0)
+    won, lost, both = rows
+    assert (won["repeated"], won["looped"], won["repeated_low"], won["actions"]) == (pytest.approx(1 / 3), 0, None, 3)
+    assert (lost["repeated"], lost["looped"], lost["episodes"], lost["turns"]) == (pytest.approx(1 / 6), pytest.approx(1 / 6), 2, 6)
+    assert both["actions"] == 3 and both["tokens_a_turn"] == 3 and both["repeated_low"] < both["repeated"] < both["repeated_high"]
+
+
+def test_success_by_type_and_failures():
+    played = {"ID": [episode("a", True), episode("ab", False), episode("aaa", False)], "OOD": [episode("b", False, "z")]}
+    assert [(r["type"], r["won"], r["n"]) for r in behaviour.by_type(played["ID"])] == [("a", 1, 3)]
+    assert [(e.task.type, len(e.turns)) for e in behaviour.failures(played)] == [("z", 1), ("a", 3), ("a", 2)]
+
+
+def test_consistency_is_the_share_of_equal_answers(policy, small_config, tmp_path):
+    answers = iter(["look", "look", "look", "open box"] * 100)
+
+    def generate(prompts, **_):
+        done = [
+            policy.tokenizer(f"<think>x</think><action>{next(answers)}</action>", add_special_tokens=False)["input_ids"] for _ in prompts
+        ]
+        return [Completion(ids, [0.0] * len(ids)) for ids in done]
+
+    policy.generate = generate
+    some = Options(resamples=4, turns=5, classes="oracle", bootstrap=20)
+    played = [episode(["look", "look", "go"], False), episode(["look", "look"], False)]
+    found = behaviour.ask_again(policy, played, some, small_config, output(tmp_path), Stage(0, None))
+    assert found["repeated"] == [(0, 0.75), (1, 0.75)] or found["repeated"] == [(1, 0.75), (0, 0.75)]
+    row = behaviour.consistency_rows(found, some, 0)[0]
+    assert (row["turns"], row["n"], row["consistency"], row["high_share"]) == ("repeated", 2, 0.75, 1.0)
+
+
+def test_judgment_accuracy_by_hand():
+    good, bad, both = judgment.table_rows([(1, 1), (1, 0), (1, 1), (1, 1), (0, 0), (0, None)], [(1, 1), (0, 0), (0, 1)])
+    assert (good["accuracy"], bad["accuracy"], both["accuracy"], both["n"]) == (0.75, 0.5, 0.625, 6)
+    assert (both["says_bad"], both["unreadable"], bad["unreadable"]) == (pytest.approx(2 / 6), pytest.approx(1 / 6), 0.5)
+    assert (good["rules"], bad["rules"], both["rules"], both["n_rules"]) == (1, 0.5, 0.75, 3)
+    assert both["low"] < 0.625 < both["high"] and both["high"] - both["low"] < bad["high"] - bad["low"]
+    assert judgment.table_rows([(1, 1)], [])[2]["accuracy"] is None
+
+
+def test_a_share_of_one_has_error_bars(tmp_path):
+    """Wilson's upper bound of 24 out of 24 is 1 but for rounding, and no error bar may have a negative length."""
+    rows = judgment.table_rows([(1, 1)] * 24 + [(0, 0)] * 24, [])
+    assert rows[0]["high"] < 1
+    judgment.draw_figure([{"iteration": 0, "level": "L0"} | r for r in rows], "note", output(tmp_path))
+    behaviour.draw_success(
+        [{"type": "a", "level": "L0", "domain": "ID", "n": 24, "success": 1.0, "low": 0.9, "high": rows[0]["high"]}],
+        "note",
+        output(tmp_path),
+    )
+    assert (tmp_path / "judgment.png").is_file() and (tmp_path / "success.svg").is_file()
+
+
+# --- stages and the command line
+
+
+def test_chosen_adapters_are_kept(small_config, tmp_path):
+    small_config.checkpoint.keep_every, small_config.steps, small_config.eval.before = 2, 3, False
+    small_config.eval.levels = []
+    folder = tmp_path / "run"
+    loop.train(small_config, folder)
+    assert sorted(p.name for p in (folder / "adapters").iterdir()) == ["iteration-000000", "iteration-000002", "iteration-000003"]
+    found = gather.stages(folder, "all")
+    assert [s.iteration for s in found] == [0, 2, 3] == list(checkpoint.adapters(folder))
+    assert [s.iteration for s in gather.stages(folder, "last")] == [3] and [s.iteration for s in gather.stages(folder, "2,0")] == [0, 2]
+    with pytest.raises(UserError, match="keep_every"):
+        gather.stages(folder, "1")
+    with pytest.raises(UserError, match="--at first"):
+        gather.stages(folder, "first")
+    kept = tmp_path / "only the end"
+    (kept / "adapter").mkdir(parents=True)
+    for file in ("adapter/adapter_config.json", "events.jsonl"):
+        (kept / file).write_bytes((folder / file).read_bytes())
+    assert gather.stages(kept, "all") == [Stage(3, kept / "adapter")]
+    policy, fresh = Policy(small_config, adapter=found[-1].adapter), Policy(small_config)
+    trained = [p.detach().clone() for p in policy.parameters()]
+    gather.enter(policy, found[0])
+    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), fresh.parameters()))
+    gather.enter(policy, found[2])
+    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), trained)) and not all(map(torch.equal, trained, fresh.parameters()))
+
+
+def test_options_are_checked_all_at_once():
+    with pytest.raises(UserError, match="3 faults") as caught:
+        options("hidden", {"sets": "math", "samples": 1, "bootstrap": -3})
+    assert "--sets means nothing to hidden, only to similarity" in str(caught.value)
+    assert options("judgment", {}).levels == "L0,L1,L2" and options("similarity", {"at": None}).classes == "episodes"
+
+
+@pytest.fixture
+def words(games_root, small_model, small_config):
+    return [
+        "--config", "nano", "--model", str(small_model), f"env.data={games_root}", "env.max_turns=3", "lora.r=4", "rollout.groups=2",
+        "rollout.group_size=2", "rollout.max_new_tokens=6", "gcd.max_new_tokens=4", "gcd.labeller=oracle", "gcd.group_size=2",
+        "--games", "4", "--bootstrap", "10",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "files"),
+    [
+        ("similarity", ["--samples", "3", "--sets", "env,gsm8k", "--classes", "oracle"], ["similarity"]),
+        ("similarity", ["--samples", "2", "--inputs"], ["inputs"]),
+        ("similarity", ["--samples", "2", "--conflict", "--parameters", "layers:1"], ["conflict"]),
+        ("hidden", ["--samples", "4"], ["hidden"]),
+        ("behaviour", ["--turns", "2", "--resamples", "2"], ["behaviour", "success"]),
+        ("judgment", ["--samples", "2", "--levels", "L0,L2"], ["judgment"]),
+    ],
+)
+def test_every_analysis_leaves_tables_and_figures_and_resumes(name, more, files, words, tmp_path, monkeypatch, capsys):
+    import run
+
+    more = [*more, "--gsm8k", str(questions(tmp_path))] if "env,gsm8k" in more or "--inputs" in more else more
+    call = ["analyze", name, "--out", str(tmp_path / "out"), *words, *more]
+    assert run.main(call) == 0
+    table = {f: (tmp_path / "out" / f"{f}.csv").read_text() for f in files}
+    for file in files:
+        about = json.loads((tmp_path / "out" / f"{file}.json").read_text())
+        assert about["rows"] and about["about"]["settings"]["env"]["max_turns"] == 3
+        assert (tmp_path / "out" / f"{file}.png").read_bytes()[:4] == b"\x89PNG" and "<svg" in (
+            tmp_path / "out" / f"{file}.svg"
+        ).read_text()
+        assert len((tmp_path / "out" / f"{file}.txt").read_text()) > 100
+    if name == "behaviour":
+        assert "not won in 3 turns" in (tmp_path / "out" / "failures.txt").read_text()
+    monkeypatch.setattr(Policy, "generate", None)  # nothing may be asked again
+    assert run.main(call) == 0
+    assert {f: (tmp_path / "out" / f"{f}.csv").read_text() for f in files} == table
+    assert run.main([*call, "seed=5"]) == 2
+    assert "other settings (settings)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("call", "part"),
+    [
+        (["similarty"], "unknown analysis 'similarty'; did you mean 'similarity'?"),
+        (["similarity", "nowhere"], "nowhere is no run folder"),
+        (["similarity", "a", "b"], "one run folder"),
+        (["similarity", "--sets", "maths"], "none of env, math, gsm8k"),
+        (["similarity", "--sets", "gsm8k", "--gsm8k", "nowhere"], "cannot read the questions in nowhere"),
+        (["similarity", "--conflict"], "--parameters adapter"),
+        (["similarity", "--parameters", "head"], "--parameters head"),
+        (["hidden", "--vocab", "some"], "--vocab some"),
+        (["hidden", "--classes", "ruless"], "--classes ruless"),
+        (["influence", "--levels", "L0"], "--levels L0"),
+        (["judgment", "--classes", "episodes"], "give a labeller"),
+        (["theory", "--q", "1.5"], "--q 1.5"),
+        (["theory", "--xi", "3", "--r", "0.5"], "at most 1"),
+        (["theory", "seed=3"], "theory needs no model"),
+    ],
+)
+def test_bad_input_is_one_line(call, part, capsys, tmp_path, monkeypatch):
+    import run
+
+    monkeypatch.chdir(tmp_path)
+    assert run.main(["analyze", *call, "--out", "out"]) == 2
+    said = capsys.readouterr().err
+    assert part in said and len(said.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="in use"):
+        Output(tmp_path, {})
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_without_labels_the_tables_say_that_there_are_none(policy, small_config, tmp_path):
+    """An environment may know no plans: the oracle then labels nothing."""
+    assert gather.specimens({"ID": [episode("ab", True)], "OOD": []}, "oracle", small_config) == []
+    row = behaviour.consistency_rows({"good": [], "bad": []}, Options(), 0)[0]
+    assert row["n"] == 0 and row["consistency"] is None
+    rows, told = hidden.measure(policy, [], Options(), small_config, output(tmp_path), "x")
+    assert [r["gap"] for r in rows] == [None, None] and told == []
+
+
+def test_classes_of_turns(small_config):
+    played = {"ID": [episode("ab", True), episode("c", False)], "OOD": [episode("d", False)]}
+    found = gather.specimens(played, "episodes", small_config)
+    assert [(s.domain, s.positive, s.unit, s.action) for s in found] == [
+        ("ID", True, 0, "a"), ("ID", True, 0, "b"), ("ID", False, 1, "c"), ("OOD", False, 2, "d"),
+    ]  # fmt: skip
+    for turn, (before, after) in zip(played["ID"][0].turns, ((5, 4), (4, 4))):
+        turn.plan_before, turn.plan_after = before, after
+    assert [(s.action, s.positive) for s in gather.specimens(played, "oracle", small_config)] == [("a", True), ("b", False)]
+    drawn = gather.draw(found, 1, 0)
+    assert {k: len(v) for k, v in drawn.items()} == {("ID", False): 1, ("ID", True): 1, ("OOD", False): 1, ("OOD", True): 0}
