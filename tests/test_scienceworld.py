@@ -434,12 +434,13 @@ def running(pid: int) -> bool:
 
 @real
 def test_types_and_folds_are_the_simulators(pool):
-    alone(pool, make_task("identify-life-stages-1", 3))
-    call = pool._places[0].jvm
-    assert {kind: call.call("getTaskMaxVariations", kind) for kind in levels.VARIATIONS} == levels.VARIATIONS
-    assert set(call.call_list("getTaskNames")) == set(levels.VARIATIONS)
-    for part in ("Train", "Dev", "Test"):
-        assert call.call_list(f"getVariations{part}") == list(levels.fold(14, part.lower()))
+    for kind in ("identify-life-stages-1", "boil", "lifespan-longest-lived"):  # 14, 30 and 125 variations
+        alone(pool, make_task(kind, 3))
+        jvm = pool._places[0].jvm
+        for part in ("Train", "Dev", "Test"):
+            assert jvm.call_list(f"getVariations{part}") == list(levels.fold(levels.VARIATIONS[kind], part.lower()))
+    assert {kind: jvm.call("getTaskMaxVariations", kind) for kind in levels.VARIATIONS} == levels.VARIATIONS
+    assert set(jvm.call_list("getTaskNames")) == set(levels.VARIATIONS)
 
 
 @real

