@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # in place of this folder: this file is called like the simulator
 
 from gcdlite import envs
 from gcdlite.config import check
@@ -148,13 +148,13 @@ def soak(tasks: list, episodes: int, seed: int) -> dict:
         more_threads, more_files = counts()
     finally:
         pool.close()
-    tenth = max(1, len(memory) // 10)
+    tenth, middle = max(1, len(memory) // 10), len(memory) // 2
     return {
         "soak_episodes": done,
         "soak_errors": errors,
         "soak_replaced": pool.replaced,
         "soak_seconds": round(time.perf_counter() - begin),
-        "soak_mb_second_tenth": round(median(memory[tenth : 2 * tenth] or memory)),
+        "soak_mb_middle_tenth": round(median(memory[middle : middle + tenth])),
         "soak_mb_last_tenth": round(median(memory[-tenth:])),
         "soak_threads_more": more_threads - threads,
         "soak_files_more": more_files - files,

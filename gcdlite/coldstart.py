@@ -319,7 +319,7 @@ def science_lessons(config: Config, dice: random.Random, count: Callable[[str], 
         for number, turns in enumerate(lessons.episodes(cfg.trajectories, dice)):
             examples += [Example(prompt(t, turns[:i]), prompts.answer(t.thought, t.action), "expert") for i, t in enumerate(turns)]
             print(f"gold path {number + 1} of {cfg.trajectories}: {turns[0].description} ({len(turns)} actions)", flush=True)
-        for turns in lessons.episodes(cfg.trajectories, dice, stray=max(cfg.deviate, 0.3)):
+        for turns in lessons.episodes(4 * cfg.trajectories if cfg.judgments else 0, dice, stray=max(cfg.deviate, 0.5)):
             for i, t in enumerate(turns):
                 value = verdict(t.before.plan, t.after.plan, t.after.revealed)
                 if value is not None and len(judged[value]) < (cfg.judgments + value) // 2:
@@ -328,6 +328,7 @@ def science_lessons(config: Config, dice: random.Random, count: Callable[[str], 
                     judged[value].append(Example(question, _judged(t.thought, t.better, t.action, value), "judgment"))
             if sum(map(len, judged.values())) == cfg.judgments:
                 break
+    print(f"{len(judged[1])} good and {len(judged[0])} bad turns to judge, of {cfg.judgments} wanted", flush=True)
     return examples + judged[0] + judged[1]
 
 

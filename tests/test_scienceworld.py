@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import run
-from gcdlite import envs, prompts
+from gcdlite import coldstart, envs, prompts
 from gcdlite.config import check
 from gcdlite.envs import scienceworld
 from gcdlite.envs.scienceworld import experts, levels
@@ -459,6 +459,25 @@ def test_gold_paths_are_made_once_and_measure_progress(pool, monkeypatch):
     assert start.plan == len(path.actions)
     after = [pool.step([c])[0] for c in (BEAR_PATH[0], "look around", "dance")]
     assert [o.plan for o in after] == [start.plan - 1] * 3 and after[0].revealed and not after[2].done
+
+
+@real
+def test_the_cold_start_learns_from_gold_paths_and_the_oracles_verdicts(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(experts, "level_tasks", lambda level, protocol: [BEAR])
+    settings = {"env": {"name": "scienceworld"}, "coldstart": {"trajectories": 2, "judgments": 6, "deviate": 0.5}}
+    examples = coldstart.science_lessons(check(settings), random.Random(0), words)
+    expert = [e for e in examples if e.kind == "expert"]
+    actions = [prompts.parse_response(e.response)[0] for e in expert]
+    assert actions[: len(BEAR_PATH)] == BEAR_PATH and len(expert) == 2 * len(BEAR_PATH)
+    for e, taken in zip(expert, range(len(BEAR_PATH))):
+        assert f"Turns taken so far: {taken}\n" in e.prompt and "Things in sight: " in e.prompt and not prompts.parse_response(e.response)[1]
+    judged = [e for e in examples if e.kind == "judgment"]
+    verdicts_ = [prompts.parse_judgment(e.response)[0] for e in judged]
+    assert verdicts_ == [0, 0, 0, 1, 1, 1] and len({e.prompt for e in judged}) == 6
+    for e, value in zip(judged, verdicts_):
+        judged_action = prompts.parse_response(e.prompt.split("===== The agent's answer\n")[1])[0]
+        assert "science tasks" in e.prompt and (value == 0 or judged_action in BEAR_PATH)
 
 
 @real

@@ -96,12 +96,16 @@ def walk(game: Game, actions: list[str]) -> Iterator[tuple[Observation, str, Obs
             return
 
 
+TELLING = ("look", "examine", "read", "use", "inventory", "task")  # commands whose answer is what they are for
+
+
 class Progress:
     """How far an episode has come along a gold path: fills `plan` and `revealed` of its observations.
 
     `plan` is the number of gold actions left. An action that is the next one of the path counts, and so does a score
-    that the path reaches only later, by whichever way it was earned. A failed episode has no plan. `revealed`: the
-    observation is new in this episode; another way than the gold one may still be a good one.
+    that the path reaches only later, by whichever way it was earned. A failed episode has no plan. `revealed`: the room
+    or the hands show something for the first time in this episode, or a look, a reading or a measurement says something
+    new, or the simulator asks back: another way than the gold one may still be a good one.
     """
 
     def __init__(self, path: GoldPath) -> None:
@@ -123,8 +127,12 @@ class Progress:
         self.place = max(self.place, earned)
         failed = observation.done and not observation.won
         observation.plan = None if failed else 0 if observation.won else max(1, len(actions) - self.place)
-        observation.revealed = not failed and observation.text not in self._seen
-        self._seen.add(observation.text)
+        told = observation.brief.split("\n")
+        view = observation.text.removeprefix(observation.brief).split("\n")
+        asks = action is not None and action.split()[0].lower() in TELLING
+        new = set(view + told if asks else view) - self._seen
+        observation.revealed = not failed and observation.understood is not False and (bool(new) or observation.objects == [])
+        self._seen |= {*view, *told}
 
 
 def _same(action: str, other: str) -> bool:
@@ -166,6 +174,8 @@ class Lessons:
     def episodes(self, count: int, dice: random.Random, stray: float = 0.0) -> Iterator[list[Lesson]]:
         """`count` episodes, each won by its gold path within the turns; `stray` is the chance of a random command before
         an action. Raises UserError when ten times as many tasks do not give that many."""
+        if not count:
+            return
         found = 0
         for attempt in range(10 * count):
             kinds = sorted(self._tasks)
@@ -184,18 +194,25 @@ class Lessons:
         seen = game.reset()
         description = seen.description
         progress.see(None, seen)
+        last = ""
         for better in path.actions:
-            for action in ([astray(seen, dice)] if dice.random() < stray else []) + [better]:
+            for action in ([astray(seen, last, dice)] if dice.random() < stray else []) + [better]:
                 after = game.step(action)
                 progress.see(action, after)
                 yield Lesson(description, seen, action, after, thought(better if dice.random() < 0.5 else action), better)
-                seen = after
+                seen, last = after, action
                 if seen.done:
                     return
 
 
-def astray(seen: Observation, dice: random.Random) -> str:
-    """A random command that the prompt allows; waiting for ten ticks is not among them, since it may ruin the task."""
+def astray(seen: Observation, last: str, dice: random.Random) -> str:
+    """Something an expert would not do: any command that the prompt allows (but ten ticks of waiting, which may ruin the
+    task), the last one again, or one about a thing that is not there."""
+    draw = dice.random()
+    if last and draw < 0.3:
+        return last
+    if draw < 0.5:
+        return f"{dice.choice(('pick up', 'open', 'look at', 'focus on'))} {dice.choice(('blue whale', 'moon', 'answer', 'telephone'))}"
     command = dice.choice([form for form in seen.admissible if form != "wait"])
     while "OBJ" in command and seen.objects:
         command = command.replace("OBJ", dice.choice(seen.objects), 1)
