@@ -515,7 +515,7 @@ def test_a_whole_run(small_model, tmp_path, monkeypatch, capsys):
         ]
     )  # fmt: skip
     table = " ".join(capsys.readouterr().out.split())
-    assert "protocol single, simplification none" in table and "not winnable in 2 actions by the gold path" in table and "5-2 grow-fruit" in table
+    assert "protocol single, simplification none" in table and "no gold path seen fits into 2 actions" in table and "5-2 grow-fruit" in table
     events = read_lines(folder / "events.jsonl")
     assert code == 0 and [e["phase"] for e in events] == ["train", "eval"]
     assert events[0]["rollout/errors"] == 0 and events[0]["rollout/turns"] == 2 and events[1]["eval/L2/n"] == 2

@@ -111,9 +111,9 @@ def split_path(path: str) -> tuple[str, int]:
 
 
 def notes(max_turns: int) -> str:
-    """Which types cannot be won in so many turns, in one line; "" when nothing is known for that number."""
+    """Which types' solutions do not fit into so many turns, in one line; "" when nothing is known for that number."""
     limit = min((n for n in TOO_LONG if n >= max_turns), default=None)
     if limit is None:
         return ""
     names = [f"{number} {TYPES[number][0]}" for number in TOO_LONG[limit]]
-    return f"not winnable in {max_turns} actions by the gold path, whatever the variation: {', '.join(names)}"
+    return f"no gold path seen fits into {max_turns} actions: {', '.join(names)}"
