@@ -86,7 +86,7 @@ class Game:
         """Send a command and settle what the simulator finds ambiguous.
 
         It asks back with numbered commands and takes whatever comes next for the choice. Equal ones (any of five seeds
-        in a jar) are no choice: the first is taken at once. Else the agent sees the list and may answer with a number
+        in one jar) are no choice: the first is taken at once. Else the agent sees the list and may answer with a number
         or with the whole command; an answer that is neither gives the question up and is played as it is.
         """
         if self._options:
@@ -98,7 +98,7 @@ class Game:
         answer = self._send(command)
         if answer.startswith(_AMBIGUOUS):
             options = dict(_OPTION.findall(answer))
-            if len({_kind(text) for text in options.values()}) == 1:
+            if len(set(options.values())) == 1:
                 return self._send("0")
             self._options = options
         return answer
@@ -135,8 +135,3 @@ class Game:
 def blocked(command: str) -> bool:
     """Whether the simulator could read this as `reset task`; it ignores case, and blanks around words."""
     return re.findall("[a-z]+", command.lower()) == ["reset", "task"]
-
-
-def _kind(command: str) -> str:
-    """A command without the places in brackets that tell equal things apart."""
-    return re.sub(r"\s*\([^)]*\)", "", command)
