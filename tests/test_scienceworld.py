@@ -545,7 +545,7 @@ def test_a_whole_run(small_model, tmp_path, monkeypatch, capsys):
             "--env", "scienceworld", "--gcd", "--config", "nano", "--model", str(small_model), "--steps", "1", "--out", str(folder),
             "env.jvms=2", "env.max_turns=2", "env.room_tokens=200", "lora.r=4", "rollout.groups=1", "rollout.group_size=2",
             "rollout.max_new_tokens=4", "gcd.max_new_tokens=4", "gcd.turns=2", "gcd.group_size=2", "eval.limit=2", "eval.levels=[L2]",
-            "eval.before=false",
+            "eval.before=false", "reward.kind=score",
         ]
     )  # fmt: skip
     table = " ".join(capsys.readouterr().out.split())
@@ -554,6 +554,12 @@ def test_a_whole_run(small_model, tmp_path, monkeypatch, capsys):
     assert code == 0 and [e["phase"] for e in events] == ["train", "eval"]
     assert events[0]["rollout/errors"] == 0 and events[0]["rollout/turns"] == 2 and events[1]["eval/L2/n"] == 2
     assert '"environment_note": "ScienceWorld 1.2.3, protocol single' in (folder / "summary.json").read_text()
+    assert "paid the score" in table
+
+    assert run.main(["eval", str(folder), "eval.limit=1", "eval.levels=[dev]"]) == 0
+    assert "no gold path seen fits" in " ".join(capsys.readouterr().out.split())
+    (record,) = read_lines(folder / "eval.jsonl")
+    assert record["eval/dev/n"] == 1 and "protocol single" in record["note"] and record["environment"]["simplification"] == "none"
 
 
 # --- behind the marker

@@ -398,6 +398,8 @@ def closing_table(summary: dict[str, Any]) -> RenderableType:
     notes += ["; ".join(f"{level}: {named[level]}" for level in summary["levels"] if level in named) + "."]
     if cost := summary.get("inadmissible_cost"):
         notes += [f"Training charged {cost:g} for an inadmissible action (ours; not in the papers)."]
+    if summary.get("reward") == "score":
+        notes += ["Training paid the score, not success (ours; the papers pay success only)."]
     if summary["model"] == "nano":
         notes += [
             "nano's cold start holds judgments, so its runs without gcd are the paper's judge_GRPO; "
