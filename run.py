@@ -47,7 +47,7 @@ class Parser(argparse.ArgumentParser):
 # (flag, the setting it stands for, what it takes, what it means). Values stay text: the settings check them, all at once.
 RUN_FLAGS = (
     ("--config", "config", "FILE", "a YAML file, or the name of one in configs/"),
-    ("--env", "env.name", "NAME", "environment: alfworld"),
+    ("--env", "env.name", "NAME", "environment: alfworld or scienceworld"),
     ("--model", "model.name", "NAME", "nano, smollm2, qwen2.5-1.5b, qwen2.5-3b, qwen2.5-7b, a local folder or a hub id"),
     ("--algo", "algo.name", "NAME", "grpo, rloo, gigpo, rlvmr, nthr, ppo; vanilla and reflection evaluate without training"),
     ("--gcd", "gcd.enabled", None, "train the policy to judge its own actions, too"),
@@ -134,14 +134,13 @@ def train(args: argparse.Namespace, faults: list[str]) -> int:
     """Train; `--resume` goes on with a run."""
     folder, config, settings = (resumed if args.resume else chosen)(args, faults)
 
-    from gcdlite import runlog
-    from gcdlite.envs.alfworld.games import data_root
+    from gcdlite import envs, runlog
     from gcdlite.gcd import api
 
     api.check(config)
     if not args.resume:
         runlog.check_free(folder)
-    root, games = data_root(config.env.data)
+    games = envs.describe(config)
     prepare(config)
 
     from rich.console import Console
@@ -153,7 +152,7 @@ def train(args: argparse.Namespace, faults: list[str]) -> int:
 
     policy.resolve(config.model.name)  # a missing model is told before games are generated
     require_tag_data(config)
-    announce(config, folder, settings, f"{games}: {root}" if root else games)
+    announce(config, folder, settings, games)
     try:
         with Dashboard(config, history=runlog.read_lines(folder / "events.jsonl")) as dashboard:
             summary = loop.train(config, folder, [dashboard], resume=bool(args.resume))
@@ -204,13 +203,15 @@ def evaluate(args: argparse.Namespace, faults: list[str]) -> int:
     print(f"evaluating {which} of {folder} on {', '.join(config.eval.levels)}", flush=True)
     metrics: dict[str, Any] = {}
     with envs.closing(envs.make(config)) as pool:
+        note = pool.note
         policy = Policy(config, adapter=adapter)
         for level in config.eval.levels:
             metrics |= measure(policy, pool, level, config)[0]
-    record = {"adapter": which, "time": round(time.time(), 3), "settings": config.eval.model_dump()} | metrics
+    record = {"adapter": which, "time": round(time.time(), 3), "environment": config.env.model_dump(), "settings": config.eval.model_dump(), "note": note}
+    record |= metrics
     with open(folder / "eval.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
-    Console(highlight=False).print(evaluation_table(metrics, config))
+    Console(highlight=False).print(evaluation_table(metrics, config, note))
     return 0
 
 

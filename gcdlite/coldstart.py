@@ -31,6 +31,7 @@ from gcdlite.envs.alfworld import generated_root, split_intro
 from gcdlite.envs.alfworld.engine import Game
 from gcdlite.envs.alfworld.experts import Expert, Goal, Prior, type_of
 from gcdlite.envs.alfworld.games import IN_DOMAIN, OUT_OF_DOMAIN, find_games
+from gcdlite.envs.scienceworld.experts import Lesson, Lessons
 from gcdlite.gcd.labels import verdict
 from gcdlite.nano import build_model, build_tokenizer
 from gcdlite.policy import Policy, load_tokenizer, resolve
@@ -269,10 +270,8 @@ def main(config: Config, folder: Path) -> None:
 def adapter(config: Config, folder: Path) -> None:
     """Train a fresh LoRA adapter on expert play and judgments; `model.adapter=folder/adapter` starts RL from it."""
     cfg, dice, started = config.coldstart, random.Random(config.seed), time.perf_counter()
-    with closing(envs.make(config)) as pool:
-        tasks = pool.tasks("train")
-    examples = _expert_lessons(config, tasks, make_prior(tasks, 500, dice), dice)
     policy = Policy(config)
+    examples = science_lessons(config, dice, policy.count) if config.env.name == "scienceworld" else _alfworld_lessons(config, dice)
     rows = [encode(policy.tokenizer, e) for e in examples]
     print(f"cold start: {cfg.trajectories} expert episodes, {cfg.judgments} judgments, {sum(len(r) for r, _ in rows)} tokens, {cfg.epochs} epochs")
     fit(
@@ -290,6 +289,8 @@ def from_scratch(config: Config, folder: Path) -> None:
     """Build nano: base training on random play (folder/base; `coldstart.start` goes on from one), then a cold start on
     a few expert episodes and judgments (folder/model)."""
     cfg, dice, started = config.coldstart, random.Random(config.seed), time.perf_counter()
+    if config.env.name != "alfworld":
+        raise UserError("nano is made for ALFWorld only; for ScienceWorld, take --config smollm2 or larger (coldstart.from_scratch=false)")
     root = generated_root(cfg.games, cfg.games_seed)
     tasks, style = find_games(root, "train", IN_DOMAIN), _style(config)
     prior = make_prior(tasks, 500, dice)
@@ -338,6 +339,46 @@ def require_tag_data(config: Config) -> None:
     if config.coldstart.from_scratch:  # nano has never read the tags: only training its embeddings, too, can teach it to write them
         make, then = f"--config nano coldstart.start={config.model.name} --out DIR", "--config nano --model DIR/model"
     raise UserError(f"rlvmr needs weights that know its tags: python run.py coldstart --algo rlvmr {make}, then --algo rlvmr {then}")
+
+
+def _alfworld_lessons(config: Config, dice: random.Random) -> list[Example]:
+    with closing(envs.make(config)) as pool:
+        tasks = pool.tasks("train")
+    return _expert_lessons(config, tasks, make_prior(tasks, 500, dice), dice)
+
+
+def science_lessons(config: Config, dice: random.Random, count: Callable[[str], int]) -> list[Example]:
+    """`trajectories` gold paths of ScienceWorld's training fold that win within the turns, and judgments on such play
+    with random commands in between, labelled by the oracle. `count` counts tokens, for the budget of a room's text.
+
+    Raises UserError when too few paths win, EngineError when the simulator fails.
+    """
+    cfg, style = config.coldstart, _style(config)
+
+    def prompt(lesson: Lesson, before: Sequence[Lesson]) -> str:
+        history = [(t.before.brief, t.action) for t in before[max(0, len(before) - style.history) :]]
+        text, things = prompts.fit_room(lesson.before.text, lesson.before.objects or [], config.env.room_tokens, count)
+        return prompts.turn_prompt(
+            style.prompt, lesson.description, len(before), history, text, lesson.before.admissible, objects=things
+        )
+
+    examples: list[Example] = []
+    judged: dict[int, list[Example]] = {0: [], 1: []}
+    with Lessons(config.env) as lessons:
+        for number, turns in enumerate(lessons.episodes(cfg.trajectories, dice)):
+            examples += [Example(prompt(t, turns[:i]), prompts.answer(t.thought, t.action), "expert") for i, t in enumerate(turns)]
+            print(f"gold path {number + 1} of {cfg.trajectories}: {turns[0].description} ({len(turns)} actions)", flush=True)
+        for turns in lessons.episodes(4 * cfg.trajectories if cfg.judgments else 0, dice, stray=max(cfg.deviate, 0.5)):
+            for i, t in enumerate(turns):
+                value = verdict(t.before.plan, t.after.plan, t.after.revealed)
+                if value is not None and len(judged[value]) < (cfg.judgments + value) // 2:
+                    rate = dice.choice((10, 20, 30, 40, 50, 60, 70, 80, 90)) / 100
+                    question = prompts.judge_prompt(style.prompt, prompt(t, turns[:i]), prompts.answer(t.thought, t.action), rate)
+                    judged[value].append(Example(question, _judged(t.thought, t.better, t.action, value), "judgment"))
+            if sum(map(len, judged.values())) == cfg.judgments:
+                break
+    print(f"{len(judged[1])} good and {len(judged[0])} bad turns to judge, of {cfg.judgments} wanted", flush=True)
+    return examples + judged[0] + judged[1]
 
 
 def _expert_lessons(config: Config, tasks: Sequence[Task], prior: Prior, dice: random.Random) -> list[Example]:

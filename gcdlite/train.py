@@ -92,7 +92,7 @@ def train(config: Config, folder: Path, listeners: Sequence[Listener] = (), resu
             evaluate_when_due(policy, pool, config, log, iteration + 1)
 
         policy.save_adapter(folder / "adapter")
-        summary = summarise(config, log, state.seconds, time.perf_counter() - started)
+        summary = summarise(config, log, state.seconds, time.perf_counter() - started, pool.note)
         log.unlock()
         return summary
 
@@ -249,7 +249,7 @@ class Clock:
         return sum(self.seconds.values())
 
 
-def summarise(config: Config, log: RunLog, training_seconds: float, wall_seconds: float) -> dict[str, Any]:
+def summarise(config: Config, log: RunLog, training_seconds: float, wall_seconds: float, note: str = "") -> dict[str, Any]:
     """`summary.json`: success before and after on every level with 95 % intervals, and what the run was."""
     events = log.events()
     evals = [e for e in events if e["phase"] == "eval"]
@@ -262,11 +262,11 @@ def summarise(config: Config, log: RunLog, training_seconds: float, wall_seconds
                 keys = {"success": name, "low": f"{name}/low", "high": f"{name}/high", "n": f"{name}/n", "judge": f"{name}/judge_balanced_accuracy"}
                 levels.setdefault(level, {})[when] = {k: event.get(v) for k, v in keys.items()}
     summary = {
-        "environment": config.env.name, "protocol": config.env.protocol, "model": config.model.name,
+        "environment": config.env.name, "environment_note": note, "protocol": config.env.protocol, "model": config.model.name,
         "algorithm": config.algo.name, "gcd": config.gcd.enabled, "labeller": config.gcd.labeller if config.gcd.enabled else None,
         "suggest_by": config.gcd.suggest_by if config.gcd.suggest else None,
         "seed": config.seed, "steps": config.iterations, "eval_temperature": config.eval.temperature,
-        "inadmissible_cost": config.reward.inadmissible, "levels": levels,
+        "inadmissible_cost": config.reward.inadmissible, "reward": config.reward.kind, "levels": levels,
         "training_success_first": steps[0]["rollout/success"] if steps else None,
         "training_success_last": steps[-1]["rollout/success"] if steps else None,
         "training_seconds": round(training_seconds, 1), "wall_seconds": round(wall_seconds, 1),

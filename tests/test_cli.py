@@ -282,9 +282,10 @@ def test_doctor(capsys, monkeypatch, tmp_path):
     from gcdlite import doctor
 
     monkeypatch.setattr(doctor, "genuine_engine", lambda: doctor.Finding(False, "genuine", "cannot", "install it"))
+    monkeypatch.setattr(doctor, "scienceworld", lambda: doctor.Finding(False, "ScienceWorld", "does not run", "install it"))
     code = run.main(["doctor"])
     out = capsys.readouterr().out
-    for about in ("Python", "packages", "NF4", "generator", "genuine", "Java", "real games", "disk"):
+    for about in ("Python", "packages", "NF4", "generator", "genuine", "ScienceWorld", "real games", "disk"):
         assert f"  {about} " in out
     needed = [line for line in out.splitlines() if line.startswith("NO")]
     assert code == (1 if needed else 0)

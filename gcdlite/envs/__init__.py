@@ -13,9 +13,25 @@ from gcdlite.envs.base import Pool
 
 def make(config: Config) -> Pool:
     """The pool for `env.name`. Raises UserError when its data or its engine is missing."""
+    if config.env.name == "scienceworld":
+        from gcdlite.envs.scienceworld import ScienceWorldPool
+
+        return ScienceWorldPool(config)
     from gcdlite.envs.alfworld import AlfworldPool
 
     return AlfworldPool(config)
+
+
+def describe(config: Config) -> str:
+    """What will be played, and why, in one line; starts and generates nothing. Raises UserError when something is missing."""
+    if config.env.name == "scienceworld":
+        from gcdlite.envs import scienceworld
+
+        return scienceworld.describe(config)
+    from gcdlite.envs.alfworld.games import data_root
+
+    root, why = data_root(config.env.data)
+    return f"{why}: {root}" if root else why
 
 
 @contextmanager

@@ -14,6 +14,9 @@ class Pool(Protocol):
     The members of a group are consecutive equal tasks in the list given to `reset`; they always play the same game.
     """
 
+    capacity: int  # most episodes that `reset` takes; 0: any number
+    note: str  # what every table of results must say of the environment; "": nothing
+
     def tasks(self, level: str) -> list[Task]:
         """All tasks of a level (`train`, `L0`, `L1`, `L2`, …), each once, in a fixed order."""
         ...

@@ -407,6 +407,12 @@ LEVELS = {
     "L2": "new rooms, task types not trained on",
     "L2s": "seen rooms, task types not trained on",
 }
+SCIENCE_LEVELS = {
+    "L0": "task types and variations seen in training (protocol rlvmr: the development fold)",
+    "L1": "new variations",
+    "L2": "new variations, task types not trained on",
+    "dev": "the development fold, for choosing models",
+}
 
 
 def closing_table(summary: dict[str, Any]) -> RenderableType:
@@ -420,10 +426,14 @@ def closing_table(summary: dict[str, Any]) -> RenderableType:
     table = result_table(["level", "before", "after", "change", "judge"])
     for level, parts in summary["levels"].items():
         table.add_row(*level_row(level, parts.get("before", {}), parts.get("after", {})))
-    notes = ["Success in %, 95 % Wilson interval, n games. Judge: balanced accuracy against the oracle."]
-    notes += ["; ".join(f"{level}: {LEVELS[level]}" for level in summary["levels"] if level in LEVELS) + "."]
+    notes = [f"{note}."] if (note := summary.get("environment_note")) else []
+    notes += ["Success in %, 95 % Wilson interval, n games. Judge: balanced accuracy against the oracle."]
+    named = SCIENCE_LEVELS if summary["environment"] == "scienceworld" else LEVELS
+    notes += ["; ".join(f"{level}: {named[level]}" for level in summary["levels"] if level in named) + "."]
     if cost := summary.get("inadmissible_cost"):
         notes += [f"Training charged {cost:g} for an inadmissible action (ours; not in the papers)."]
+    if summary.get("reward") == "score":
+        notes += ["Training paid the score, not success (ours; the papers pay success only)."]
     if summary["model"] == "nano":
         notes += [
             "nano's cold start holds judgments, so its runs without gcd are the paper's judge_GRPO; "
@@ -433,8 +443,9 @@ def closing_table(summary: dict[str, Any]) -> RenderableType:
     return Group(Text(" · ".join(about), "bold"), Text(how), table, *(Text(note, "dim") for note in notes))
 
 
-def evaluation_table(metrics: Event, config: Config) -> RenderableType:
-    """One evaluation: success a level with its interval, the judge's accuracy, and success by task type."""
+def evaluation_table(metrics: Event, config: Config, note: str = "") -> RenderableType:
+    """One evaluation: success a level with its interval, the judge's accuracy, and success by task type; `note` is the
+    environment's."""
     table = result_table(["level", "success", "turns", "judge", "by type"])
     for level in config.eval.levels:
         part = of_event(metrics, level)
@@ -444,7 +455,8 @@ def evaluation_table(metrics: Event, config: Config) -> RenderableType:
             Text(level, "bold"), with_interval(part), number(metrics.get(f"eval/{level}/turns"), ".1f"), percent(part.get("judge")), types
         )
     about = f"{config.env.name}, protocol {config.env.protocol} · {Path(config.model.name).name} · {method(config)}"
-    return Group(Text(about, "bold"), Text(f"seed {config.seed} · evaluated {decoding(config.eval.temperature)}"), table)
+    foot = [Text(f"{note}.", "dim")] if note else []
+    return Group(Text(about, "bold"), Text(f"seed {config.seed} · evaluated {decoding(config.eval.temperature)}"), table, *foot)
 
 
 def labeller_table(record: Event) -> RenderableType:

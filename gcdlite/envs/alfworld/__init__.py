@@ -29,6 +29,8 @@ def split_intro(text: str) -> tuple[str, str]:
 class AlfworldPool:
     """Episodes on our engine (in this process), or on TextWorld's (a worker process each)."""
 
+    capacity, note = 0, ""
+
     def __init__(self, config: Config):
         self.config = config.env
         self.root, self.why = find_root(config)
