@@ -16,7 +16,6 @@ on this machine: more than that, no update of so narrow a model can.
 from __future__ import annotations
 
 import random
-import statistics
 from collections.abc import Callable
 
 import common

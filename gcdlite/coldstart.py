@@ -13,7 +13,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -244,9 +244,10 @@ def _kinds_only(command: str) -> str:
 _NAME = re.compile(r"(?<![A-Za-z])[a-z]+(?= \d)")
 
 
-def swap_names(example: Example, rng: random.Random) -> Example:
-    """The example with the kinds of things in it (`mug`, `shelf`) exchanged among themselves, everywhere alike."""
-    kinds = sorted(set(_NAME.findall(example.prompt)))
+def swap_names(example: Example, rng: random.Random, keep: Collection[str] = ()) -> Example:
+    """The example with the kinds of things in it (`mug`, `shelf`), but for those to keep, exchanged among themselves,
+    everywhere alike."""
+    kinds = sorted(set(_NAME.findall(example.prompt)) - set(keep))
     other = dict(zip(kinds, rng.sample(kinds, len(kinds))))
     words = re.compile(r"(?<![A-Za-z])(?:" + "|".join(kinds) + r")(?![A-Za-z])")
 
@@ -294,7 +295,10 @@ def from_scratch(config: Config, folder: Path) -> None:
     root = generated_root(cfg.games, cfg.games_seed)
     tasks, style = find_games(root, "train", IN_DOMAIN), _style(config)
     prior = make_prior(tasks, 500, dice)
-    examples = _expert_lessons(config, tasks, prior, dice)
+    # Half of the lessons lose the names of what is sought: who is to find it must read it, not know it by heart.
+    keep = {*prior.places, "desklamp", "floorlamp"}
+    lessons = _expert_lessons(config, tasks, prior, dice)
+    examples = [swap_names(e, dice, keep) if e.kind == "expert" and dice.random() < 0.5 else e for e in lessons]
     if cfg.start:
         tokenizer = load_tokenizer(resolve(cfg.start))
         model = AutoModelForCausalLM.from_pretrained(resolve(cfg.start), dtype=torch.float32)
