@@ -95,6 +95,12 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibrate", action="store_true", help="time a minute of the run on this machine and print its hours")
 
 
+def add_sweep(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of one in configs/recipes")
+    parser.add_argument("--out", metavar="DIR", help="where the runs and the table go (default: runs/sweep-NAME)")
+    parser.add_argument("--table", action="store_true", help="only make the table of what is finished")
+
+
 def add_labels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="RUN_OR_CONFIG", help="a run folder (its newest adapter plays), or a config (its model plays)")
     parser.add_argument("--labellers", metavar="LIST", help="names, or several joined by +, with commas between (default: all that can be asked here)")
@@ -331,6 +337,30 @@ def analyze(args: argparse.Namespace, faults: list[str]) -> int:
     return 0
 
 
+def sweep(args: argparse.Namespace, faults: list[str]) -> int:
+    """Every arm and seed of a recipe that is not finished, then the table."""
+    stop_on(faults)
+    from gcdlite import sweep as room
+
+    path = room.find(args.recipe)
+    recipe = room.read(path)
+    root = Path(args.out) if args.out else Path("runs") / f"sweep-{path.stem}"
+    failed = [] if args.table else room.sweep(recipe, root)
+    rows = room.table(recipe, root)
+    text = room.markdown(recipe, rows)
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "table.md").write_text(text, encoding="utf-8")
+    (root / "table.json").write_text(json.dumps({"title": recipe.title, "rows": rows}, indent=1) + "\n")
+
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    Console(highlight=False).print(Markdown(text))
+    if failed:
+        raise UserError(f"{', '.join(failed)} failed, see above; the same command tries again")
+    return 0
+
+
 def games(args: argparse.Namespace, faults: list[str]) -> int:
     """Generate ALFWorld games."""
     stop_on(faults)
@@ -380,6 +410,7 @@ COMMANDS = {
     "coldstart": (coldstart, add_run_flags, "supervised training before RL"),
     "eval": (evaluate, add_eval, "evaluate a run's newest adapter"),
     "watch": (watch, add_watch, "play one game with a run's adapter, turn by turn"),
+    "sweep": (sweep, add_sweep, "several arms over several seeds: configs/recipes"),
     "labels": (labels, add_labels, "precision and recall of the labellers against the oracle"),
     "analyze": (analyze, add_analyze, "tables and figures of the papers' analyses: " + ", ".join(analysis.NAMES)),
     "games": (games, add_games, "generate ALFWorld games"),
