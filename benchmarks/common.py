@@ -78,6 +78,7 @@ class FixedEpisodes:
 
     def __init__(self, pool: Pool, extra: str = ""):
         self.pool, self.extra = pool, extra
+        self.capacity, self.note = pool.capacity, pool.note
 
     def reset(self, tasks: Sequence[Task]) -> list[Observation]:
         self.dice = [random.Random(f"{task.id} {place}") for place, task in enumerate(tasks)]

@@ -336,7 +336,7 @@ def find_config(name: str) -> Path:
     for path in (Path(name), CONFIG_DIR / f"{name}.yaml", CONFIG_DIR / name):
         if path.is_file():
             return path
-    known = sorted(str(p.relative_to(CONFIG_DIR).with_suffix("")) for p in CONFIG_DIR.rglob("*.yaml"))
+    known = sorted(p.stem for p in CONFIG_DIR.glob("*.yaml"))
     raise UserError(f"no config file {name!r}{nearest(name, known)}; shipped ones: {', '.join(known)}")
 
 

@@ -6,7 +6,7 @@ import yaml
 from gcdlite.config import CONFIG_DIR, Config, Section, check, dump, find_config, known_keys, load, nearest_key, threads
 from gcdlite.records import UserError
 
-SHIPPED = sorted(CONFIG_DIR.rglob("*.yaml"))
+SHIPPED = sorted(CONFIG_DIR.glob("*.yaml"))
 
 
 def fault_lines(*overrides, path=None, **kwargs) -> list[str]:
