@@ -17,12 +17,7 @@ from gcdlite.prompts import TAGS, parse_response, parse_tagged, turn_prompt
 from gcdlite.records import Group, LabelledTurn, Turn, UserError
 from gcdlite.runlog import read_lines
 from gcdlite.sampling import Completion
-
-
-def adapter_of(folder):
-    from safetensors.torch import load_file
-
-    return load_file(folder / "adapter" / "adapter_model.safetensors")
+from tests.test_train import adapter_of, stop_in_the_second_update
 
 
 @pytest.fixture(scope="module")
@@ -79,16 +74,7 @@ def test_resuming_equals_never_stopping(tiny, monkeypatch, tmp_path, name):
     lucky(monkeypatch)
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     loop.train(tiny, straight)
-
-    class Stop(Exception):
-        pass
-
-    def pull_the_plug(event):
-        if event.get("begins") == "update" and event["iteration"] == 2:
-            raise Stop
-
-    with pytest.raises(Stop):
-        loop.train(tiny, stopped, [pull_the_plug])
+    stop_in_the_second_update(tiny, stopped)
     loop.train(tiny, stopped, resume=True)
     last = [[e for e in read_lines(f / "events.jsonl") if e["phase"] == "train"][-1] for f in (straight, stopped)]
     for key in ("loss/policy", "grad_norm", "kl", *(["loss/value", "value/explained"] if name == "ppo" else ["nthr/damped"])):

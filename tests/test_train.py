@@ -14,6 +14,21 @@ from gcdlite.rollout import collect
 from gcdlite.runlog import read_lines
 
 
+class Stop(Exception):
+    pass
+
+
+def stop_in_the_second_update(config, folder):
+    """A run that is cut off in the middle of iteration 2, with one iteration saved."""
+
+    def pull_the_plug(event):
+        if event.get("begins") == "update" and event["iteration"] == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        loop.train(config, folder, [pull_the_plug])
+
+
 def adapter_of(folder):
     from safetensors.torch import load_file
 
@@ -114,15 +129,7 @@ def test_the_same_seed_gives_the_same_run_and_resuming_equals_never_stopping(sma
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     loop.train(small_config, straight)
 
-    class Stop(Exception):
-        pass
-
-    def pull_the_plug(event):
-        if event.get("begins") == "update" and event["iteration"] == 2:
-            raise Stop
-
-    with pytest.raises(Stop):
-        loop.train(small_config, stopped, [pull_the_plug])
+    stop_in_the_second_update(small_config, stopped)
     with open(stopped / "events.jsonl", "a") as file:
         file.write('{"iteration": 2, "phase": "train", "half a li')  # what a kill in the middle of a write leaves
     loop.train(small_config, stopped, resume=True)
