@@ -218,6 +218,7 @@ class Coldstart(Section):
     trajectories: Positive = Field(200, description="expert episodes shown")
     judgments: NonNegative = Field(100, description="judgment examples beside them")
     deviate: Share = Field(0.1, description="chance that a turn plays something else than the expert says; its label stays the expert's")
+    hints: Share = Field(0.0, description="share of the expert episodes whose prompts show golden rules (ALFWorld's)")
     epochs: Positive = Field(5, description="passes over the examples")
     lr: Annotated[float, Field(gt=0)] = Field(1e-4, description="learning rate (LoRA); cosine to 5 % of it")
     batch_tokens: Positive = Field(4096, description="tokens in a batch, padding included")
