@@ -88,11 +88,19 @@ def explain(action: str, thing: str) -> str:
     return "look closer."
 
 
-def deviation(admissible: Sequence[str], last: str | None, rng: random.Random) -> str:
-    """Something an expert would not do: any admissible command, the last one again, or one that does not work here."""
+def deviation(admissible: Sequence[str], last: str | None, rng: random.Random, thing: str | None = None) -> str:
+    """Something an expert would not do: any admissible command, the last one again, or one that does not work here.
+
+    With `thing`, what the task seeks, it is often what a small model gets wrong by itself: taking the thing where it is
+    not, or going where it stands. Lessons have to show what comes after that, or one such turn repeats for ever (LOG.md).
+    """
     draw = rng.random()
     if last and draw < 0.15:
         return last
+    if thing and draw > 0.7:
+        here = [c[8:] for c in admissible if c.startswith("examine ")] or [c[6:] for c in admissible if c.startswith("go to ")]
+        place = rng.choice(here) if here else "shelf 1"
+        return f"go to {place}" if draw > 0.9 else f"take {thing} {rng.randint(1, 3)} from {place}"
     if draw < 0.35:
         verb, *rest = rng.choice(admissible).split(" ", 1)
         other = rng.choice(admissible).split(" ", 1)
@@ -133,7 +141,7 @@ def expert_examples(
                 judged = judgment_example(game, seen, bare, thought, command, expert.goal.obj, last, style, rng, tag)
                 if judged:
                     yield judged
-            action = deviation(seen.admissible, last, rng) if rng.random() < wild else command
+            action = deviation(seen.admissible, last, rng, expert.goal.obj) if rng.random() < wild else command
             expert.remember(text, action)
             failed = action not in seen.admissible
             tried.add(action)
