@@ -15,6 +15,7 @@ class Pool(Protocol):
     """
 
     capacity: int  # most episodes that `reset` takes; 0: any number
+    slow: bool  # worth hiding: `step` is called from a second thread while the policy generates, one call at a time
     note: str  # what every table of results must say of the environment; "": nothing
 
     def tasks(self, level: str) -> list[Task]:

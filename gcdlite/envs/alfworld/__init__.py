@@ -33,6 +33,7 @@ class AlfworldPool:
 
     def __init__(self, config: Config):
         self.config = config.env
+        self.slow = self.config.engine == "genuine"
         self.root, self.why = find_root(config)
         self._games: list = []
         self._loaded: dict[str, Game] = {}

@@ -67,6 +67,8 @@ class _Place:
 class ScienceWorldPool:
     """Episodes side by side, at most `capacity` at a time."""
 
+    slow = True
+
     def __init__(self, config: Config):
         """Raises UserError when Java or the simulator is missing."""
         self.config, self.capacity = config.env, machines(config)
