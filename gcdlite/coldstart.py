@@ -80,7 +80,7 @@ def explain(action: str, thing: str) -> str:
         return f"need {thing}. look in {' '.join(words[2:])}."
     if words[0] == "take" and " from " in action:
         item, place = action[5:].split(" from ", 1)
-        return f"{item} is on {place}. take it."
+        return f"need {type_of(item)}. {item} is on {place}. take it."
     if words[0] == "open":
         return f"need {thing}. {action[5:]} is closed, open it."
     if words[0] in ("move", "put", "heat", "clean", "cool", "use"):
