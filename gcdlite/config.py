@@ -33,7 +33,7 @@ class Section(BaseModel):
 class Env(Section):
     name: Literal["alfworld", "scienceworld"] = Field("alfworld", description="the environment")
     engine: Literal["own", "genuine"] = Field("own", description="our ALFWorld engine, or TextWorld's in worker processes")
-    data: str | None = Field(None, description="folder that holds json_2.1.1; unset: ALFWORLD_DATA, alfworld's default folder, else generated games")
+    data: str | None = Field(None, description="folder that holds json_2.1.1, or `generated`; unset: ALFWORLD_DATA, alfworld's default folder, else generated games")
     protocol: Literal["single", "rlvmr"] = Field("single", description="which task types are trained on and evaluated (docs/metrics.md)")
     generated: Positive = Field(2000, description="games to generate when there is no data folder")
     generated_seed: NonNegative = Field(1, description="seed of the generated games")

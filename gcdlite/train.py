@@ -39,7 +39,7 @@ def train(config: Config, folder: Path, listeners: Sequence[Listener] = (), resu
     require_tag_data(config)
     apis.check(config)
     saved = checkpoint.latest(folder) if resume else None
-    with closing(envs.make(config)) as pool:
+    with closing(envs.make(config, folder if resume else None)) as pool:
         train_tasks = pool.tasks("train")
         policy = Policy(config, adapter=saved / "adapter" if saved else None)
         plan.fit(policy)
@@ -47,7 +47,10 @@ def train(config: Config, folder: Path, listeners: Sequence[Listener] = (), resu
         critic = Critic(policy, config) if config.algo.name == "ppo" else None
         state = checkpoint.restore(saved, optimizer, schedule, critic) if saved else checkpoint.State.seeded(config.seed)
         api = apis.Api(config.api, state.spent) if apis.used(config) else None
-        log = RunLog.resume(folder, state.iteration, listeners) if resume else RunLog.create(folder, config, listeners)
+        if resume:
+            log = RunLog.resume(folder, state.iteration, listeners)
+        else:
+            log = RunLog.create(folder, config, listeners, envs.identity(config, train_tasks))
         started = time.perf_counter()
 
         if state.iteration == 0:

@@ -121,7 +121,10 @@ def data_root(configured: str | None) -> tuple[Path | None, str]:
 
     Looked for in the configured folder, then in ALFWORLD_DATA, then where `alfworld-download` puts them. Raises
     UserError when one of the first two is given and holds no games: falling back would hide a typing error.
+    `generated` asks for generated games, whatever is installed.
     """
+    if configured == "generated":
+        return None, "generated games"
     for name, value in (("env.data", configured), ("ALFWORLD_DATA", os.environ.get("ALFWORLD_DATA"))):
         if value:
             folder = Path(os.path.expandvars(value)).expanduser()
