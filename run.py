@@ -277,15 +277,14 @@ def labels(args: argparse.Namespace, faults: list[str]) -> int:
 
     from gcdlite import envs
     from gcdlite.agreement import measure
-    from gcdlite.envs.alfworld.games import data_root
     from gcdlite.policy import Policy
     from gcdlite.view.dashboard import labeller_table
 
     adapter, which = newest_adapter(folder) if is_run else (None, "the model as it is")
-    games = "generated" if data_root(config.env.data)[0] is None else "on disk"
-    print(f"{which} of {args.source} plays {args.games or 'all'} games of {args.level} ({games})", flush=True)
     config.gcd.ask = args.turns
     with envs.closing(envs.make(config, folder if is_run else None)) as pool:
+        games = pool.note
+        print(f"{which} of {args.source} plays {args.games or 'all'} games of {args.level} ({games})", flush=True)
         rows, stats = measure(Policy(config, adapter=adapter), pool, config, names, args.level, args.games, api)
     about = {"command": " ".join(["python", *sys.argv]), "source": args.source, "adapter": which, "level": args.level, "games_are": games}
     about |= {"protocol": config.env.protocol, "seed": config.seed, "votes": config.gcd.votes, "agree": config.gcd.agree}

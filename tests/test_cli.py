@@ -235,7 +235,7 @@ def test_an_interrupted_run_goes_on_is_evaluated_and_watched(a_run, capsys):
 
     assert run.main(["labels", "run", "--games", "2", "--turns", "4", "--labellers", "rules,self,rules+self"]) == 0
     out = capsys.readouterr().out
-    assert "iteration 2 of run plays 2 games of train (on disk)" in out and "rules+self" in out and "Wilson" in out
+    assert "iteration 2 of run plays 2 games of train (100 generated games, seed 3)" in out and "rules+self" in out and "Wilson" in out
     (record,) = read_lines(a_run / "labels.jsonl")
     assert record["games"] == 2 and record["gcd/asked"] == 4 and len(record["rows"]) == 6 and record["command"].startswith("python ")
     assert "seed cannot change" in refused(capsys, "labels", "run", "seed=4")
@@ -498,6 +498,7 @@ def test_the_closing_table():
                  "52.0 % → 61.0 %", "task types not trained on", "11:40", "13:23"):  # fmt: skip
         assert part in shown, part
     assert "L1" not in shown and "nano" not in shown and "inadmissible" not in shown
+    assert "Real games." in text_of(closing_table(summary(environment_note="real games")), 100, None)
     (l2,) = [line for line in shown.splitlines() if line.startswith("L2  ")]
     assert "–" in l2 and "+" not in l2
 

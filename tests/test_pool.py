@@ -32,6 +32,13 @@ def test_copies_of_one_game_do_not_disturb_each_other(games_root):
     assert (again.text, again.admissible, again.plan) == (first.text, first.admissible, first.plan)
 
 
+def test_the_pool_says_whether_games_are_real(games_root, tmp_path):
+    """Wherever they lie: a folder that env.data or ALFWORLD_DATA names may hold generated ones."""
+    assert envs.make(check({"env": {"data": str(games_root)}})).note == "100 generated games, seed 3"
+    (tmp_path / "json_2.1.1").mkdir()
+    assert envs.make(check({"env": {"data": str(tmp_path)}})).note == "real games"
+
+
 def test_the_genuine_engine_answers_the_same_and_a_dead_worker_loses_its_episode_only(games_root):
     pytest.importorskip("textworld", reason="the genuine engine needs textworld")
     settings = {"env": {"data": str(games_root), "engine": "genuine"}}

@@ -426,7 +426,7 @@ def closing_table(summary: dict[str, Any]) -> RenderableType:
     table = result_table(["level", "before", "after", "change", "judge"])
     for level, parts in summary["levels"].items():
         table.add_row(*level_row(level, parts.get("before", {}), parts.get("after", {})))
-    notes = [f"{note}."] if (note := summary.get("environment_note")) else []
+    notes = [sentence(note)] if (note := summary.get("environment_note")) else []
     notes += ["Success in %, 95 % Wilson interval, n games. Judge: balanced accuracy against the oracle."]
     named = SCIENCE_LEVELS if summary["environment"] == "scienceworld" else LEVELS
     notes += ["; ".join(f"{level}: {named[level]}" for level in summary["levels"] if level in named) + "."]
@@ -455,7 +455,7 @@ def evaluation_table(metrics: Event, config: Config, note: str = "") -> Renderab
             Text(level, "bold"), with_interval(part), number(metrics.get(f"eval/{level}/turns"), ".1f"), percent(part.get("judge")), types
         )
     about = f"{config.env.name}, protocol {config.env.protocol} · {Path(config.model.name).name} · {method(config)}"
-    foot = [Text(f"{note}.", "dim")] if note else []
+    foot = [Text(sentence(note), "dim")] if note else []
     return Group(Text(about, "bold"), Text(f"seed {config.seed} · evaluated {decoding(config.eval.temperature)}"), table, *foot)
 
 
@@ -478,6 +478,10 @@ def labeller_table(record: Event) -> RenderableType:
     if record.get("api/asked"):
         notes.append(api_part(record))
     return Group(Text(about, "bold"), table, *(Text(note, "dim") for note in notes))
+
+
+def sentence(note: str) -> str:
+    return f"{note[:1].upper()}{note[1:]}."
 
 
 def decoding(temperature: float) -> str:
