@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from gcdlite.config import Config, Rollout, Update
@@ -271,6 +272,8 @@ def _load_base(folder: str, config: Config, device: torch.device):
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(_not_loaded(folder, error)) from None
+    except SafetensorError as error:
+        raise UserError(f"the weights of {folder!r} are damaged ({error}): copy, make or download them again") from None
     except torch.OutOfMemoryError:
         raise UserError(f"the weights of {folder!r} alone exceed this GPU's memory; `python run.py plan` says what fits") from None
     if config.model.quantization != "nf4":
@@ -299,18 +302,35 @@ def _with_adapter(base, config: Config) -> PeftModel:
     try:
         model = PeftModel.from_pretrained(base, folder, is_trainable=True)
         model.load_adapter(folder, adapter_name="reference", is_trainable=False)
+    except SafetensorError as error:
+        raise UserError(f"the adapter {str(folder)!r} is damaged ({error}): copy or make it again") from None
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the adapter {str(folder)!r} does not fit {config.model.name}: {str(error).splitlines()[0]}") from None
     model.set_adapter("default")
     return model
 
 
-def load_adapter_weights(model: PeftModel, folder: Path) -> None:
-    """Put saved weights into the adapter `default`, in place, so that an optimizer's references stay good."""
-    from peft import set_peft_model_state_dict
+def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a saved adapter. Raises UserError when its file is missing or damaged."""
     from safetensors.torch import load_file
 
-    result = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"), adapter_name="default")
+    try:
+        return load_file(folder / "adapter_model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"the adapter in {folder} cannot be read ({error}): copy it again, or take another checkpoint's") from None
+
+
+def load_adapter_weights(model: PeftModel, folder: Path) -> None:
+    """Put saved weights into the adapter `default`, in place, so that an optimizer's references stay good.
+
+    Raises UserError when they are missing, damaged, or another model's.
+    """
+    from peft import set_peft_model_state_dict
+
+    try:
+        result = set_peft_model_state_dict(model, adapter_weights(folder), adapter_name="default")
+    except RuntimeError as error:  # other shapes
+        raise UserError(f"the adapter in {folder} does not fit this model: {' '.join(str(error).split())[:200]}") from None
     if result.unexpected_keys:
         raise UserError(f"the adapter in {folder} does not fit this model: {result.unexpected_keys[0]} is not in it")
 

@@ -1,5 +1,7 @@
 """Loading models: full precision and 4 bit, templates, tokens, the reference."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -50,6 +52,26 @@ def test_a_model_without_template_is_refused(small_model, tmp_path):
 def test_missing_models_are_named():
     with pytest.raises(UserError, match="no model folder './nowhere'"):
         resolve("./nowhere")
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def test_damaged_weights_are_named(small_config, small_model, tmp_path):
+    shutil.copytree(small_model, tmp_path / "model")
+    cut(tmp_path / "model" / "model.safetensors")
+    Policy(small_config).save_adapter(tmp_path / "adapter")
+    cut(tmp_path / "adapter" / "adapter_model.safetensors")
+    broken = small_config.model_copy(deep=True)
+    broken.model.name = str(tmp_path / "model")
+    with pytest.raises(UserError, match="weights of .*model' are damaged"):
+        Policy(broken)
+    with pytest.raises(UserError, match="adapter in .* cannot be read"):
+        Policy(small_config, adapter=tmp_path / "adapter")
+    small_config.model.adapter = str(tmp_path / "adapter")
+    with pytest.raises(UserError, match="adapter .* is damaged"):
+        Policy(small_config)
 
 
 def test_a_pad_that_equals_eos_is_replaced(small_model, tmp_path):

@@ -188,6 +188,12 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(small_config, tmp_pat
     run = tmp_path / "run"
     loop.train(small_config, run)
     newest = checkpoint.found(run)[-1]
+    weights = newest / "adapter" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert checkpoint.latest(run) == checkpoint.found(run)[-2]
+    weights.write_bytes(whole)
+    assert checkpoint.latest(run) == newest
     (newest / "state.pt").write_bytes(b"cut off")
     assert checkpoint.latest(run) == checkpoint.found(run)[-2]
     for path in checkpoint.found(run):
