@@ -207,11 +207,11 @@ def renew_suggestion(
 
 
 def shown(groups: Sequence[Group]) -> list:
-    """Two episodes worth looking at: one that was won and one that was lost, where there are both."""
+    """Episodes worth looking at: one that was won, one that was lost and one whose environment failed, where there are any."""
     episodes = advantages.all_episodes(groups)
     won = [e for e in episodes if e.won]
     lost = [e for e in episodes if not e.won]
-    return won[:1] + lost[:1]
+    return won[:1] + lost[:1] + [e for g in groups for e in g.failed][:1]
 
 
 def evaluate_when_due(policy: Policy, pool: Pool, config: Config, log: RunLog, iteration: int) -> None:
@@ -264,6 +264,7 @@ def summarise(config: Config, log: RunLog, training_seconds: float, wall_seconds
                 name = f"eval/{level}"
                 keys = {"success": name, "low": f"{name}/low", "high": f"{name}/high", "n": f"{name}/n", "judge": f"{name}/judge_balanced_accuracy"}
                 levels.setdefault(level, {})[when] = {k: event.get(v) for k, v in keys.items()}
+                levels[level][when]["errors"] = event.get(f"{name}/errors")
     summary = {
         "environment": config.env.name, "environment_note": note, "protocol": config.env.protocol, "model": config.model.name,
         "algorithm": config.algo.name, "gcd": config.gcd.enabled, "labeller": config.gcd.labeller if config.gcd.enabled else None,

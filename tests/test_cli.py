@@ -498,6 +498,8 @@ def test_the_closing_table():
                  "52.0 % → 61.0 %", "task types not trained on", "11:40", "13:23"):  # fmt: skip
         assert part in shown, part
     assert "L1" not in shown and "nano" not in shown and "inadmissible" not in shown
+    (l0,) = [line for line in text_of(closing_table(summary(levels={"L0": {"after": {"success": 0.5, "low": 0.1, "high": 0.9, "n": 6, "errors": 2}}})), 100, None).splitlines() if line.startswith("L0  ")]
+    assert "50.0 % (10–90, n 6, 2 failed)" in l0
     assert "Real games." in text_of(closing_table(summary(environment_note="real games")), 100, None)
     (l2,) = [line for line in shown.splitlines() if line.startswith("L2  ")]
     assert "–" in l2 and "+" not in l2

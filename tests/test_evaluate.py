@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_train import scripted
+from test_train import Failing, scripted
 
 from gcdlite import envs
 from gcdlite.envs.alfworld.engine import Game
@@ -57,6 +57,13 @@ def test_every_game_once_in_a_fixed_order_and_wins_are_counted(small_config):
     assert [e.task for e in episodes] == tasks and len({t.id for t in tasks}) == len(tasks) == out["eval/L0/n"]
     assert [e.won for e in episodes] == [bool(i % 2) for i in range(len(tasks))]
     assert out["eval/L0"] == (len(tasks) // 2) / len(tasks)
+
+
+def test_a_game_whose_environment_failed_is_counted_apart(small_config):
+    pool, policy = envs.make(small_config), Policy(small_config)
+    out, episodes = evaluate(policy, Failing(pool, (2,)), "L0", small_config)
+    assert len(episodes) == 4 and out["eval/L0/n"] == 3 and out["eval/L0/errors"] == 1 and out["eval/L0/turns"] == 4
+    assert episodes[2].error and (out["eval/L0/low"], out["eval/L0/high"]) == wilson(0, 3)
 
 
 def test_levels_are_what_the_protocol_says(games_root):

@@ -9,7 +9,7 @@ import torch
 from gcdlite import checkpoint, envs, rollout
 from gcdlite import train as loop
 from gcdlite.policy import Policy
-from gcdlite.records import Task, UserError
+from gcdlite.records import Observation, Task, UserError
 from gcdlite.rollout import collect
 from gcdlite.runlog import read_lines
 
@@ -95,6 +95,55 @@ def test_an_expert_in_the_policys_place_wins(small_config):
     assert [t.plan_before for t in episode.turns] == list(range(len(steps), 0, -1)) and episode.turns[-1].plan_after == 0
     for before, after in zip(episode.turns, episode.turns[1:]):
         assert before.result == after.observation
+
+
+class Failing:
+    """A pool whose engine gives up on these places at their second turn."""
+
+    def __init__(self, pool, places):
+        self.pool, self.places = pool, places
+
+    def __getattr__(self, name):
+        return getattr(self.pool, name)
+
+    def reset(self, tasks):
+        self.turn = 0
+        return self.pool.reset(tasks)
+
+    def step(self, actions):
+        self.turn += 1
+        results = self.pool.step(actions)
+        if self.turn == 2:
+            results = [Observation("", [], done=True, error="the engine died") if i in self.places else o for i, o in enumerate(results)]
+        return results
+
+
+def test_an_episode_whose_environment_failed_counts_nowhere(small_config):
+    pool, policy = envs.make(small_config), Policy(small_config)
+    tasks = pool.tasks("train")[:3]
+    groups, metrics = collect(policy, Failing(pool, (1, 3, 4, 5)), tasks, small_config, torch.Generator().manual_seed(0))
+    assert [(len(g.episodes), len(g.failed)) for g in groups] == [(2, 1), (0, 3), (3, 0)]
+    assert {e.error for g in groups for e in g.failed} == {"the engine died"} and all(len(e.turns) == 2 for g in groups for e in g.failed)
+    assert metrics["rollout/errors"] == 4 and metrics["rollout/turns"] == 4
+    groups[0].episodes[0].won, groups[0].episodes[0].reward = True, 1.0
+    samples = loop.policy_samples(groups, small_config)
+    values = [{a for s in samples for a in s.advantages if s.unit == unit} for unit in range(5)]
+    assert len(samples) == 20
+    assert [max(v) for v in values] == pytest.approx([0.7071, -0.7071, 0, 0, 0], abs=0.02)  # of two, and not of three
+    assert loop.advantages.zero_variance(groups) == 1 and loop.shown(groups)[-1].error == "the engine died"
+
+
+@pytest.mark.parametrize("name", ["ppo", "rloo"])
+def test_training_goes_on_when_every_environment_fails(small_config, monkeypatch, tmp_path, name):
+    make = envs.make
+    monkeypatch.setattr(envs, "make", lambda *args: Failing(make(*args), range(100)))
+    small_config.algo.name, small_config.steps, small_config.eval.before = name, 1, False
+    summary = loop.train(small_config, tmp_path / "run")
+    assert {"success": 0.0, "low": 0.0, "high": 1.0, "n": 0, "errors": 4}.items() <= summary["levels"]["L0"]["after"].items()
+    (event,) = [e for e in read_lines(tmp_path / "run" / "events.jsonl") if e["phase"] == "train"]
+    assert event["rollout/errors"] == 6 and event["rollout/success"] == 0 and event["gcd/selected"] == 0
+    assert {e["error"] for e in read_lines(tmp_path / "run" / "episodes.jsonl")} == {"the engine died"}
+    assert all(v.abs().max() == 0 for k, v in adapter_of(tmp_path / "run").items() if "lora_B" in k)
 
 
 def test_malformed_turns_cost_a_turn_and_do_nothing(small_config):

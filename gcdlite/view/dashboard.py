@@ -374,7 +374,7 @@ def of_event(event: Event, level: str) -> Event:
     if name not in event:
         return {}
     return {"success": event[name], "judge": event.get(f"{name}/judge_balanced_accuracy")} | {
-        k: event.get(f"{name}/{k}") for k in ("low", "high", "n")
+        k: event.get(f"{name}/{k}") for k in ("low", "high", "n", "errors")
     }
 
 
@@ -389,12 +389,13 @@ def level_row(level: str, before: Event, after: Event) -> list[Text]:
 
 
 def with_interval(part: Event) -> Text:
-    """`43.8 % (28–61, n 32)`, or a dash."""
+    """`43.8 % (28–61, n 32)`, or a dash; episodes whose environment failed are no part of n, and told beside it."""
     if not part:
         return Text("–", "dim")
     text = Text(percent(part["success"]), "bold")
     if part.get("low") is not None:
-        text.append(f" ({100 * part['low']:.0f}–{100 * part['high']:.0f}, n {part['n']:.0f})", "not bold dim")
+        failed = f", {part['errors']:.0f} failed" if part.get("errors") else ""
+        text.append(f" ({100 * part['low']:.0f}–{100 * part['high']:.0f}, n {part['n']:.0f}{failed})", "not bold dim")
     return text
 
 
