@@ -76,7 +76,7 @@ class Reward(Section):
     kind: Literal["success", "score"] = Field("success", description="R is all or nothing, or ScienceWorld's score as a share of 100 (a failure gets 0)")
     success: Annotated[float, Field(gt=0)] = Field(1.0, description="R of a won episode; a lost one gets 0")
     malformed: Rate = Field(0.01, description="cost of a malformed turn, as a share of reward.success")
-    inadmissible: Rate = Field(0.0, description="cost of a well-formed action that the engine does not admit (ours; 0 in the papers)")
+    inadmissible: Rate = Field(0.0, description="cost of a well-formed action that the engine does not admit, as a share of reward.success (ours; 0 in the papers)")
 
 
 # Which fields of `algo` each algorithm reads.

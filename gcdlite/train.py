@@ -270,7 +270,7 @@ def summarise(config: Config, log: RunLog, training_seconds: float, wall_seconds
         "algorithm": config.algo.name, "gcd": config.gcd.enabled, "labeller": config.gcd.labeller if config.gcd.enabled else None,
         "suggest_by": config.gcd.suggest_by if config.gcd.suggest else None,
         "seed": config.seed, "steps": config.iterations, "eval_temperature": config.eval.temperature,
-        "inadmissible_cost": config.reward.inadmissible, "reward": config.reward.kind, "levels": levels,
+        "inadmissible_cost": config.reward.inadmissible * config.reward.success, "reward": config.reward.kind, "levels": levels,
         "training_success_first": steps[0]["rollout/success"] if steps else None,
         "training_success_last": steps[-1]["rollout/success"] if steps else None,
         "training_seconds": round(training_seconds, 1), "wall_seconds": round(wall_seconds, 1),

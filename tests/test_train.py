@@ -9,9 +9,9 @@ import torch
 from gcdlite import checkpoint, envs, rollout
 from gcdlite import train as loop
 from gcdlite.policy import Policy
-from gcdlite.records import Observation, Task, UserError
+from gcdlite.records import Episode, Group, Observation, Task, Turn, UserError
 from gcdlite.rollout import collect
-from gcdlite.runlog import read_lines
+from gcdlite.runlog import RunLog, read_lines
 
 
 class Stop(Exception):
@@ -226,6 +226,14 @@ def test_the_saved_adapter_loads_with_peft(small_config, tmp_path):
         assert torch.allclose(again(input_ids=ids).logits, ours.model(input_ids=ids).logits, atol=1e-6)
 
 
+def test_costs_are_shares_of_the_reward_and_told_as_they_are_charged(small_config, tmp_path):
+    small_config.reward.success, small_config.reward.inadmissible, small_config.reward.malformed = 10.0, 0.1, 0.02
+    turns = [Turn("", [], [1], [2], [0.0], "", "", malformed, False) for malformed in (False, True)]
+    group = Group(Task("t", "t", "t"), [Episode(Task("t", "t", "t"), "", turns)])
+    assert [s.advantages for s in loop.policy_samples([group], small_config)] == [[-1.0], [-0.2]]
+    assert loop.summarise(small_config, RunLog(tmp_path), 0, 0)["inadmissible_cost"] == 1.0
+
+
 def test_without_gcd_nothing_is_judged(small_config, tmp_path):
     small_config.gcd.enabled, small_config.steps, small_config.eval.judge_turns = False, 1, 0
     loop.train(small_config, tmp_path / "run")
@@ -270,7 +278,6 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(small_config, tmp_path, monkey
 def test_a_reward_that_can_be_earned_is_learned(small_config):
     """The whole RL path on a task without luck: reward the responses that contain a certain token."""
     from gcdlite.advantages import grpo, policy_samples
-    from gcdlite.records import Episode, Group, Turn
     from gcdlite.update import make_optimizer, update
 
     small_config.update.lr, small_config.update.kl, small_config.update.minibatches = 2e-2, 0.0, 1
