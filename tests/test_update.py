@@ -120,6 +120,23 @@ def test_zero_advantage_and_no_kl_change_nothing(small_config):
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters()))
 
 
+def test_clip_share_is_of_the_tokens_that_were_evaluated(small_config):
+    """Without KL a sample of zero advantage is left out, and is no token that stayed inside the clip."""
+    small_config.update.minibatches, small_config.update.warmup = 1, 0
+    policy = Policy(small_config)
+    samples = make_samples(policy, random.Random(1))
+    samples[0].advantages = [0.0] * len(samples[0].response_ids)
+    far = [s for s in samples if any(s.advantages)]
+    for s in samples:
+        s.logprobs = [v - float(s in far) for v in row_logprobs(policy.model, s).tolist()]
+    tokens = [sum(len(s.response_ids) for s in some) for some in (far, samples)]
+    for kl, wanted in ((0.0, 1.0), (0.1, tokens[0] / tokens[1])):
+        small_config.update.kl, small_config.update.lr = kl, 1e-9
+        optimizer, schedule = make_optimizer(policy, small_config)
+        stats = update(policy, samples, optimizer, schedule, small_config, random.Random(0))
+        assert stats["clip_share"] == pytest.approx(wanted) and tokens[0] < tokens[1]
+
+
 def test_kl_is_reported_also_where_it_is_not_trained(small_config):
     small_config.update.kl, small_config.update.minibatches, small_config.update.warmup = 0.0, 1, 0
     policy = Policy(small_config)
