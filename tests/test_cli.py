@@ -318,7 +318,7 @@ EVENTS = [
      "loss/judgment": 0.0045,
      "kl": 0.0067, "grad_norm": 0.891, "clip_share": 0.02, "gcd/balanced_accuracy": 0.613, "gcd/accuracy_good": 0.702,
      "gcd/accuracy_bad": 0.524,
-     "gcd/verdict_bad_share": 0.411, "gcd/labels_good": 61, "gcd/labels_bad": 305, "gcd/selected": 30,
+     "gcd/verdict_bad_share": 0.411, "gcd/labels_good": 61, "gcd/labels_bad": 305, "gcd/selected": 26,
      "time/rollout": 19.2, "time/judge": 4.1, "time/update": 11.7, "time/iteration": 35.0},
     {"begins": "judge", "iteration": 2},
     {"episode": {"task": "t", "type": "x", "description": "put a mug in coffeemachine.", "won": False, "error": None, "turns": [
@@ -338,7 +338,7 @@ NUMBERS = [
     "41.1 %",
     "61 good",
     "305 bad",
-    "30",
+    "26",
     "19.2",
     "4.1",
     "11.7",
@@ -402,7 +402,7 @@ def test_lines_without_a_terminal_hold_the_numbers():
     assert begun == "evaluating L0 after iteration 0"
     assert evaluated == "eval 0/5  L0 37.5 % (23–55, n 32) judge 52.0 %  L1 25.0 % (13–42, n 32)  in 1:05"
     for number in NUMBERS:
-        assert number in trained
+        assert trained.count(number) == 1, number  # else it could be part of another
     assert trained.startswith("iteration 1/5") and "malformed 3.1 %" in trained and "inadmissible 12.8 %" in trained
     assert trained.endswith("left 3:25")  # four iterations of 35 s and one evaluation of 65 s
 
