@@ -10,6 +10,7 @@ import gc
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -238,7 +239,7 @@ def load_tokenizer(folder: str):
     """The tokenizer, with a pad token that is not its end token. Raises UserError without a chat template."""
     try:
         tokenizer = _own_class(folder).from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 - the tokenizers library raises nothing more special for a damaged file
         raise UserError(_not_loaded(folder, error)) from None
     if not tokenizer.chat_template:
         raise UserError(f"the model {folder!r} has no chat template; take its instruct version, or add chat_template.jinja to its folder")
@@ -305,7 +306,7 @@ def _with_adapter(base, config: Config) -> PeftModel:
     except SafetensorError as error:
         raise UserError(f"the adapter {str(folder)!r} is damaged ({error}): copy or make it again") from None
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"the adapter {str(folder)!r} does not fit {config.model.name}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"the adapter {str(folder)!r} does not fit {config.model.name}: {_brief(error)}") from None
     model.set_adapter("default")
     return model
 
@@ -330,7 +331,7 @@ def load_adapter_weights(model: PeftModel, folder: Path) -> None:
     try:
         result = set_peft_model_state_dict(model, adapter_weights(folder), adapter_name="default")
     except RuntimeError as error:  # other shapes
-        raise UserError(f"the adapter in {folder} does not fit this model: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"the adapter in {folder} does not fit this model: {_brief(error)}") from None
     if result.unexpected_keys:
         raise UserError(f"the adapter in {folder} does not fit this model: {result.unexpected_keys[0]} is not in it")
 
@@ -343,5 +344,13 @@ def _stop_ids(tokenizer, model) -> set[int]:
 
 
 def _not_loaded(folder: str, error: Exception) -> str:
-    first = " ".join(str(error).split())[:200]
-    return f"the model {folder!r} cannot be loaded ({first}); give a local folder, download it first (hf download {folder}), or use --model nano"
+    why = _brief(error)
+    if Path(folder).is_dir():
+        return f"the model in {folder} cannot be loaded ({why}): copy or make it again; it must hold all that save_pretrained writes"
+    return f"the model {folder!r} cannot be loaded ({why}); check its name, download it first (hf download {folder}), or use --model nano"
+
+
+def _brief(error: Exception) -> str:
+    """The first line that says something, without the advice below it, and never half an address."""
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.rstrip().endswith(":")]
+    return textwrap.shorten(lines[0] if lines else type(error).__name__, 200, placeholder=" …")

@@ -74,6 +74,41 @@ def test_damaged_weights_are_named(small_config, small_model, tmp_path):
         Policy(small_config)
 
 
+def test_a_hub_id_that_is_nowhere(small_config):
+    small_config.model.name = "no-such/model"
+    with pytest.raises(UserError, match=r"the model 'no-such/model' cannot be loaded \(.*hf download no-such/model.*--model nano") as refused:
+        Policy(small_config)
+    assert "\n" not in str(refused.value) and str(refused.value).count("(") == str(refused.value).count(")")
+
+
+@pytest.mark.parametrize(
+    ("file", "spoil"),
+    [("model.safetensors", lambda f: f.unlink()), ("config.json", cut), ("tokenizer.json", cut), ("tokenizer_config.json", cut)],
+)
+def test_a_folder_that_lacks_something_is_not_looked_for_on_the_hub(file, spoil, small_config, small_model, tmp_path):
+    shutil.copytree(small_model, tmp_path / "model")
+    spoil(tmp_path / "model" / file)
+    small_config.model.name = str(tmp_path / "model")
+    with pytest.raises(UserError, match=f"the model in {tmp_path}/model cannot be loaded .*save_pretrained") as refused:
+        Policy(small_config)
+    assert "hf download" not in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_an_adapter_of_another_model_is_refused(small_config, small_model, tmp_path):
+    other = load_tokenizer(str(small_model))
+    build_model(other, 0, hidden=64, layers=2, mlp=64).save_pretrained(tmp_path / "wide")
+    other.save_pretrained(tmp_path / "wide")
+    Policy(small_config).save_adapter(tmp_path / "adapter")
+    small_config.model.name = str(tmp_path / "wide")
+    with pytest.raises(UserError, match="the adapter in .*adapter does not fit this model: size mismatch for") as refused:
+        Policy(small_config, adapter=tmp_path / "adapter")
+    assert "\n" not in str(refused.value)
+    small_config.model.adapter = str(tmp_path / "adapter")
+    with pytest.raises(UserError, match="the adapter .*adapter' does not fit .*wide: size mismatch for") as refused:
+        Policy(small_config)
+    assert "\n" not in str(refused.value)
+
+
 def test_a_pad_that_equals_eos_is_replaced(small_model, tmp_path):
     """Padding with the stop token would hide it from training."""
     from transformers import AutoTokenizer
