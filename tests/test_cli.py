@@ -159,7 +159,7 @@ def damaged(games_root, folder, spoil) -> Path:
     ("spoil", "part"),
     [
         (lambda text: text[: len(text) // 2], "game.tw-pddl"),
-        (lambda text: text.replace('"solvable": true', '"solvable": false'), "no games for train"),
+        (lambda text: text.replace('"solvable": true', '"solvable": false'), "is marked as solvable; download or generate"),
         (lambda text: text.replace("(:goal", "(:gaol"), "game.tw-pddl"),
     ],
     ids=["cut off", "unsolvable", "nonsense"],
