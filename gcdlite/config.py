@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from gcdlite.records import UserError
 
@@ -208,6 +208,11 @@ class Eval(Section):
     levels: list[Literal["L0", "L1", "L2", "L2s", "dev"]] = Field(["L0", "L1", "L2"], description="which levels")
     judge_turns: NonNegative = Field(64, description="oracle-labelled turns a level on which the judge is measured; 0: none")
     before: bool = Field(True, description="evaluate before training, too")
+
+    @field_validator("levels", mode="before")
+    @classmethod
+    def _names_with_commas(cls, value: Any) -> Any:
+        return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
 
 class Checkpoint(Section):
