@@ -184,7 +184,7 @@ def resolve(name: str) -> str:
     """A model's folder or hub id. `nano` and `smollm2` are known by name. Raises UserError when nothing is there."""
     if name == "nano":
         if not (NANO / "model.safetensors").is_file():
-            raise UserError(f"the nano weights are missing from {NANO}; reinstall gcdlite, or make them: python run.py coldstart --config nano coldstart.from_scratch=true")
+            raise UserError(f"the nano weights are missing from {NANO}; reinstall gcdlite, or make them: python run.py coldstart --config nano coldstart.from_scratch=true --out DIR, then --model DIR/model")
         return str(NANO)
     if name == "smollm2":
         return str(smollm2())
