@@ -39,7 +39,7 @@ class Env(Section):
     generated_seed: NonNegative = Field(1, description="seed of the generated games")
     max_turns: Positive = Field(30, description="turns an episode may take; our counter decides, not the engine's")
     history_length: NonNegative | Literal["full"] = Field(2, description="earlier (observation, action) pairs in the prompt")
-    workers: NonNegative = Field(0, description="calls of the genuine engine at the same time (it has a process an episode, about 100 MB each); 0: twice the cores")
+    workers: NonNegative = Field(0, description="calls of the genuine engine at the same time (it has a process an episode, about 100 MB each, and half of the memory for them); 0: twice the cores")
     timeout: Annotated[float, Field(gt=0)] = Field(60.0, description="seconds before a call of a slow engine counts as hung")
     jvms: NonNegative = Field(0, description="ScienceWorld: Java machines, one for each episode at a time (up to 400 MB each); 0: from cores and memory")
     simplification: Literal["none", "easy"] = Field("none", description="ScienceWorld: `easy` teleports, opens doors and containers, waters pots, and has no wiring")

@@ -39,6 +39,13 @@ def test_the_pool_says_whether_games_are_real(games_root, tmp_path):
     assert envs.make(check({"env": {"data": str(tmp_path)}})).note == "real games"
 
 
+def test_the_genuine_engines_processes_fit_into_half_of_the_memory(games_root, monkeypatch):
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**31 // 4096}  # 2 GiB
+    monkeypatch.setattr(os, "sysconf", pages.get)
+    assert envs.make(check({"env": {"data": str(games_root), "engine": "genuine"}})).capacity == 10
+    assert envs.make(check({"env": {"data": str(games_root)}})).capacity == 0
+
+
 def test_the_genuine_engine_answers_the_same_and_a_dead_worker_loses_its_episode_only(games_root):
     pytest.importorskip("textworld", reason="the genuine engine needs textworld")
     settings = {"env": {"data": str(games_root), "engine": "genuine"}}

@@ -14,7 +14,10 @@ from pathlib import Path
 from gcdlite.config import Config
 from gcdlite.envs.alfworld.engine import Game
 from gcdlite.envs.alfworld.games import data_root, level_tasks
+from gcdlite.envs.base import room_for
 from gcdlite.records import Observation, Task, UserError
+
+WORKER_BYTES = 100e6  # resident memory of a process with the genuine engine
 
 _INTRO = re.compile(r"^-= Welcome to TextWorld, ALFRED! =-\s*(.*?)\s*Your task is to: (.*?)\s*$", re.DOTALL)
 
@@ -28,14 +31,13 @@ def split_intro(text: str) -> tuple[str, str]:
 
 
 class AlfworldPool:
-    """Episodes on our engine (in this process), or on TextWorld's (a worker process each)."""
-
-    capacity = 0
+    """Episodes on our engine (in this process), or on TextWorld's (a worker process each, so at most `capacity` at a time)."""
 
     def __init__(self, config: Config):
         self.config = config.env
         self.root, self.why = find_root(config)
         self.note = about(self.root)
+        self.capacity = room_for(WORKER_BYTES) if self.config.engine == "genuine" else 0
         self._games: list = []
         self._loaded: dict[str, Game] = {}
         self._workers: list = []
