@@ -225,11 +225,14 @@ def evaluate_when_due(policy: Policy, pool: Pool, config: Config, log: RunLog, i
         return
     clock = Clock(log, iteration)
     metrics: dict[str, float] = {}
+    lost: dict[str, list] = {}
     for level in cfg.levels:
         with clock(f"eval {level}"):
             found, episodes = evaluate(policy, pool, level, config)
         metrics |= found
-        log.episodes(iteration, f"eval {level}", [e for e in episodes if not e.won][:1])
+        lost[level] = [e for e in episodes if not e.won][:1]
+    for level, some in lost.items():  # only now: what is cut off before is done again, and must not be there twice
+        log.episodes(iteration, f"eval {level}", some)
     log.emit(iteration, "eval", metrics | {"time/eval": clock.total})
 
 

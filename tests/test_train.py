@@ -259,6 +259,21 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(small_config, tmp_pat
         checkpoint.latest(run)
 
 
+def test_an_evaluation_that_was_cut_off_is_logged_once(small_config, tmp_path):
+    small_config.steps, small_config.eval.levels, small_config.eval.limit = 1, ["L0", "L1"], 1
+    small_config.eval.before, small_config.eval.judge_turns, small_config.gcd.enabled = False, 0, False
+
+    def pull_the_plug(event):
+        if event.get("begins") == "eval L1":
+            raise Stop
+
+    with pytest.raises(Stop):
+        loop.train(small_config, tmp_path / "run", [pull_the_plug])
+    loop.train(small_config, tmp_path / "run", resume=True)
+    phases = [e["phase"] for e in read_lines(tmp_path / "run" / "episodes.jsonl")]
+    assert phases == ["train", "eval L0", "eval L1"]
+
+
 def test_a_full_disk_keeps_the_earlier_checkpoint(small_config, tmp_path, monkeypatch):
     small_config.steps = 1
     run = tmp_path / "run"
