@@ -29,7 +29,10 @@ def collect(
     size = config.rollout.group_size
     start = time.perf_counter()
     episodes = play(policy, pool, [t for t in tasks for _ in range(size)], config, rng, config.rollout.temperature, suggestions)
-    groups = [Group(task, episodes[i * size : (i + 1) * size]) for i, task in enumerate(tasks)]
+    groups = []
+    for i, task in enumerate(tasks):
+        played = episodes[i * size : (i + 1) * size]
+        groups.append(Group(task, sound(played), [e for e in played if e.error is not None]))
     return groups, metrics(episodes, time.perf_counter() - start)
 
 
@@ -159,19 +162,27 @@ def _ask(policy: Policy, episode: Episode, observation: Observation, config: Con
     )
 
 
+def sound(episodes: Sequence[Episode]) -> list[Episode]:
+    """Without the episodes that their environment ended by failing: those say nothing of the policy."""
+    return [e for e in episodes if e.error is None]
+
+
 def metrics(episodes: Sequence[Episode], seconds: float) -> dict[str, float]:
-    """What the run log says of played episodes. Shares are over turns, `turns` is the mean over episodes."""
+    """What the run log says of played episodes. Shares are over turns, `turns` is the mean over episodes. Those whose
+    environment failed are counted in `errors`, and left out of all else but the speed."""
+    failed, episodes = [e for e in episodes if e.error is not None], sound(episodes)
     turns = [t for e in episodes for t in e.turns]
     n = max(1, len(turns))
     generated = sum(len(t.response_ids) for t in turns)
+    lost = sum(len(t.response_ids) for e in failed for t in e.turns)
     return {
-        "rollout/success": sum(e.won for e in episodes) / len(episodes),
-        "rollout/turns": len(turns) / len(episodes),
+        "rollout/success": sum(e.won for e in episodes) / max(1, len(episodes)),
+        "rollout/turns": len(turns) / max(1, len(episodes)),
         "rollout/malformed": sum(t.malformed for t in turns) / n,
         "rollout/inadmissible": sum(not t.is_admissible for t in turns) / n,
         "rollout/repeated": sum(a.action == b.action for e in episodes for a, b in zip(e.turns, e.turns[1:])) / n,
         "rollout/response_tokens": generated / n,
         "rollout/prompt_tokens": sum(len(t.prompt_ids) for t in turns) / n,
-        "rollout/tokens_per_s": generated / seconds if seconds else 0.0,
-        "rollout/errors": sum(e.error is not None for e in episodes),
+        "rollout/tokens_per_s": (generated + lost) / seconds if seconds else 0.0,
+        "rollout/errors": len(failed),
     }
