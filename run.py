@@ -211,6 +211,7 @@ def evaluate(args: argparse.Namespace, faults: list[str]) -> int:
     with envs.closing(envs.make(config, folder)) as pool:
         note = pool.note
         policy = Policy(config, adapter=adapter)
+        plan.fit(policy)
         for level in config.eval.levels:
             metrics |= measure(policy, pool, level, config)[0]
     record = {"adapter": which, "time": round(time.time(), 3), "environment": config.env.model_dump(), "settings": config.eval.model_dump(), "note": note}
