@@ -202,6 +202,7 @@ def evaluate(args: argparse.Namespace, faults: list[str]) -> int:
 
     from gcdlite import envs
     from gcdlite.evaluate import evaluate as measure
+    from gcdlite.plan import fit
     from gcdlite.policy import Policy
     from gcdlite.view.dashboard import evaluation_table
 
@@ -211,7 +212,7 @@ def evaluate(args: argparse.Namespace, faults: list[str]) -> int:
     with envs.closing(envs.make(config, folder)) as pool:
         note = pool.note
         policy = Policy(config, adapter=adapter)
-        plan.fit(policy)
+        fit(policy)
         for level in config.eval.levels:
             metrics |= measure(policy, pool, level, config)[0]
     record = {"adapter": which, "time": round(time.time(), 3), "environment": config.env.model_dump(), "settings": config.eval.model_dump(), "note": note}
@@ -278,6 +279,7 @@ def labels(args: argparse.Namespace, faults: list[str]) -> int:
 
     from gcdlite import envs
     from gcdlite.agreement import measure
+    from gcdlite.plan import fit
     from gcdlite.policy import Policy
     from gcdlite.view.dashboard import labeller_table
 
@@ -286,7 +288,9 @@ def labels(args: argparse.Namespace, faults: list[str]) -> int:
     with envs.closing(envs.make(config, folder if is_run else None)) as pool:
         games = pool.note
         print(f"{which} of {args.source} plays {args.games or 'all'} games of {args.level} ({games})", flush=True)
-        rows, stats = measure(Policy(config, adapter=adapter), pool, config, names, args.level, args.games, api)
+        policy = Policy(config, adapter=adapter)
+        fit(policy)
+        rows, stats = measure(policy, pool, config, names, args.level, args.games, api)
     about = {"command": " ".join(["python", *sys.argv]), "source": args.source, "adapter": which, "level": args.level, "games_are": games}
     about |= {"protocol": config.env.protocol, "seed": config.seed, "votes": config.gcd.votes, "agree": config.gcd.agree}
     record = about | stats | {"rows": rows}
