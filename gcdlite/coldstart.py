@@ -29,7 +29,7 @@ from gcdlite.config import Config
 from gcdlite.envs import closing
 from gcdlite.envs.alfworld import generated_root, split_intro
 from gcdlite.envs.alfworld.engine import Game
-from gcdlite.envs.alfworld.experts import Expert, Goal, Prior, type_of
+from gcdlite.envs.alfworld.experts import Expert, Goal, Prior, parse_goal, type_of
 from gcdlite.envs.alfworld.games import IN_DOMAIN, OUT_OF_DOMAIN, find_games
 from gcdlite.envs.scienceworld.experts import Lesson, Lessons
 from gcdlite.gcd.labels import verdict
@@ -207,9 +207,11 @@ _ADVICE = {
 def random_examples(tasks: Iterable[Task], style: Style, rng: random.Random) -> Iterable[Example]:
     """Random play: the language of the game and the habit of copying commands, without any skill at the tasks.
 
-    Most turns carry an order in place of the task (`take mug`). One listed command obeys it, or none does and another
-    place is visited: that can only be read off the prompt, all the more as names are swapped at random, so that no
-    habit helps. What is played is at times not what was ordered, so that answers like "Nothing happens." come up, too.
+    Most turns carry an order in place of the task (`take mug from shelf`), which one listed command obeys. Many only name
+    a thing (`take mug`, or a task's sentence about a mug): it may be in sight, and else another place is visited. Which it
+    is can only be read off the prompt, all the more as names are swapped at random, so that no habit helps; where the
+    wording of the order gave it away, nothing was learned (LOG.md). What is played is at times not what was ordered, so
+    that answers like "Nothing happens." come up, too.
     """
     for task in tasks:
         game = Game(task.path)
@@ -240,14 +242,33 @@ def _lesson(description: str, admissible: Sequence[str], elsewhere: set[str], rn
     if draw < 0.15:
         action = rng.choice(useful)
         return description, f"try {action}.", action
-    absent = sorted(elsewhere - {type_of(c[5:].split(" from ")[0]) for c in acts if c.startswith("take ")})
-    if draw < 0.35 and ways and absent:
-        thing, action = rng.choice(absent), rng.choice(ways)
-        return f"take {thing}.", f"no {thing} here. look in {action[6:]}.", action
+    takes = [c for c in acts if c.startswith("take ")]
+    absent = sorted(elsewhere - {_taken(c) for c in takes})
+    if draw < (0.75 if takes else 0.25):  # things in sight are rare in random play
+        if takes and rng.random() < 0.6:
+            thing = _taken(rng.choice(takes))
+            action = next(c for c in takes if _taken(c) == thing)
+            return _wanted(thing, description, rng), explain(action, thing), action
+        if ways and absent:
+            thing, action = rng.choice(absent), rng.choice(ways)
+            return _wanted(thing, description, rng), f"need {thing}. look in {action[6:]}.", action
     action = rng.choice(acts if acts and rng.random() < 0.6 else useful)
     told = _kinds_only(action)
     action = next(c for c in admissible if _kinds_only(c) == told)
     return told, f"told to {told} do {action}.", action
+
+
+def _wanted(thing: str, description: str, rng: random.Random) -> str:
+    """What asks for a thing: an order, or the task's own sentence about it; held-out task types lend no sentence."""
+    goal = parse_goal(description)
+    if goal.kind in ("cool", "two") or rng.random() < 0.5:
+        return f"take {thing}."
+    return re.sub(rf"\b{goal.obj}\b", thing, description, count=1)
+
+
+def _taken(command: str) -> str:
+    """`take mug 2 from shelf 1` -> `mug`"""
+    return type_of(command[5:].split(" from ")[0])
 
 
 def _kinds_only(command: str) -> str:
