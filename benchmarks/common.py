@@ -107,6 +107,8 @@ class FixedEpisodes:
 
     def _shown(self, observation: Observation, dice: random.Random) -> Observation:
         """Without an end, and with so many of the extra words, in an order of their own (nothing to share)."""
+        if observation.error:
+            raise UserError(f"an episode broke off, so there is nothing to compare: {observation.error}")
         words = self.extra.split()
         dice.shuffle(words)
         return replace(observation, done=False, text=" ".join([observation.text, *words]))
