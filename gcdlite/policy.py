@@ -10,12 +10,14 @@ import gc
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from gcdlite.config import Config, Rollout, Update
@@ -182,7 +184,7 @@ def resolve(name: str) -> str:
     """A model's folder or hub id. `nano` and `smollm2` are known by name. Raises UserError when nothing is there."""
     if name == "nano":
         if not (NANO / "model.safetensors").is_file():
-            raise UserError(f"the nano weights are missing from {NANO}; reinstall gcdlite, or make them: python run.py coldstart --config nano coldstart.from_scratch=true")
+            raise UserError(f"the nano weights are missing from {NANO}; reinstall gcdlite, or make them: python run.py coldstart --config nano coldstart.from_scratch=true --out DIR, then --model DIR/model")
         return str(NANO)
     if name == "smollm2":
         return str(smollm2())
@@ -237,7 +239,7 @@ def load_tokenizer(folder: str):
     """The tokenizer, with a pad token that is not its end token. Raises UserError without a chat template."""
     try:
         tokenizer = _own_class(folder).from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 - the tokenizers library raises nothing more special for a damaged file
         raise UserError(_not_loaded(folder, error)) from None
     if not tokenizer.chat_template:
         raise UserError(f"the model {folder!r} has no chat template; take its instruct version, or add chat_template.jinja to its folder")
@@ -271,6 +273,8 @@ def _load_base(folder: str, config: Config, device: torch.device):
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(_not_loaded(folder, error)) from None
+    except SafetensorError as error:
+        raise UserError(f"the weights of {folder!r} are damaged ({error}): copy, make or download them again") from None
     except torch.OutOfMemoryError:
         raise UserError(f"the weights of {folder!r} alone exceed this GPU's memory; `python run.py plan` says what fits") from None
     if config.model.quantization != "nf4":
@@ -299,18 +303,35 @@ def _with_adapter(base, config: Config) -> PeftModel:
     try:
         model = PeftModel.from_pretrained(base, folder, is_trainable=True)
         model.load_adapter(folder, adapter_name="reference", is_trainable=False)
+    except SafetensorError as error:
+        raise UserError(f"the adapter {str(folder)!r} is damaged ({error}): copy or make it again") from None
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"the adapter {str(folder)!r} does not fit {config.model.name}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"the adapter {str(folder)!r} does not fit {config.model.name}: {_brief(error)}") from None
     model.set_adapter("default")
     return model
 
 
-def load_adapter_weights(model: PeftModel, folder: Path) -> None:
-    """Put saved weights into the adapter `default`, in place, so that an optimizer's references stay good."""
-    from peft import set_peft_model_state_dict
+def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a saved adapter. Raises UserError when its file is missing or damaged."""
     from safetensors.torch import load_file
 
-    result = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"), adapter_name="default")
+    try:
+        return load_file(folder / "adapter_model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"the adapter in {folder} cannot be read ({error}): copy it again, or take another checkpoint's") from None
+
+
+def load_adapter_weights(model: PeftModel, folder: Path) -> None:
+    """Put saved weights into the adapter `default`, in place, so that an optimizer's references stay good.
+
+    Raises UserError when they are missing, damaged, or another model's.
+    """
+    from peft import set_peft_model_state_dict
+
+    try:
+        result = set_peft_model_state_dict(model, adapter_weights(folder), adapter_name="default")
+    except RuntimeError as error:  # other shapes
+        raise UserError(f"the adapter in {folder} does not fit this model: {_brief(error)}") from None
     if result.unexpected_keys:
         raise UserError(f"the adapter in {folder} does not fit this model: {result.unexpected_keys[0]} is not in it")
 
@@ -323,5 +344,13 @@ def _stop_ids(tokenizer, model) -> set[int]:
 
 
 def _not_loaded(folder: str, error: Exception) -> str:
-    first = " ".join(str(error).split())[:200]
-    return f"the model {folder!r} cannot be loaded ({first}); give a local folder, download it first (hf download {folder}), or use --model nano"
+    why = _brief(error)
+    if Path(folder).is_dir():
+        return f"the model in {folder} cannot be loaded ({why}): copy or make it again; it must hold all that save_pretrained writes"
+    return f"the model {folder!r} cannot be loaded ({why}); check its name, download it first (hf download {folder}), or use --model nano"
+
+
+def _brief(error: Exception) -> str:
+    """The first line that says something, without the advice below it, and never half an address."""
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.rstrip().endswith(":")]
+    return textwrap.shorten(lines[0] if lines else type(error).__name__, 200, placeholder=" …")

@@ -591,8 +591,8 @@ def _caption(recipe: Recipe, rows: Sequence[dict[str, Any]], note: str) -> list[
     ]
     if recipe.paper:
         said.append("Paper: what it reports; it trains all parameters, on its own splits and machines.")
-    if config.reward.inadmissible:
-        said.append(f"Training charged {config.reward.inadmissible:g} for an inadmissible action (ours; not in the papers).")
+    if cost := config.reward.inadmissible * config.reward.success:
+        said.append(f"Training charged {cost:g} for an inadmissible action (ours; not in the papers).")
     if config.reward.kind == "score":
         said.append("Training paid the score, not success (ours; the papers pay success only).")
     if "reflection" in algorithms:

@@ -104,7 +104,8 @@ def _step(policy, samples, batch, reference, optimizer, config: Config) -> dict[
     stats = {f"loss/{s}": sums[f"loss/{s}"].item() for s in counts}
     if "policy" in counts and reference is not None:
         stats["kl"] = sums["kl"].item() / counts["policy"]
-    stats["clip_share"] = sums["clip_share"].item() / sum(counts.values())
+    if evaluated := sums["evaluated"].item():
+        stats["clip_share"] = sums["clip_share"].item() / evaluated
     return stats | {"grad_norm": norm.item() if finite else float("nan"), "steps_skipped": float(not finite)}
 
 
@@ -147,6 +148,7 @@ def _gradients(policy, samples, batch, reference, config: Config) -> tuple[dict[
             sums["loss/policy"] += (weighted * (1 - is_judgment)).sum()
             sums["loss/judgment"] += (weighted * is_judgment).sum()
             sums["clip_share"] += ((new - old).exp() - 1).abs().gt(cfg.clip).sum()
+            sums["evaluated"] += len(new)
     return sums, counts
 
 
