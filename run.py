@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 
 try:
     from gcdlite import __version__, analysis
-    from gcdlite.config import CONFIG_DIR, Config, check_labeller, dump, find_config, known_keys, load, nearest, nearest_key, threads
+    from gcdlite.config import CONFIG_DIR, Config, absolute, check_labeller, dump, find_config, known_keys, load, nearest, nearest_key, threads
     from gcdlite.records import UserError
 except ModuleNotFoundError as error:
     print(f"gcdlite: the package {error.name} is missing: pip install -r requirements.txt", file=sys.stderr)
@@ -74,7 +74,7 @@ def add_settings(parser: argparse.ArgumentParser, form: str) -> None:
 
 def add_train(parser: argparse.ArgumentParser) -> None:
     add_run_flags(parser)
-    parser.add_argument("--resume", metavar="DIR", help="go on with a run; only --steps and eval.* may change")
+    parser.add_argument("--resume", metavar="DIR", help="go on with a run; only --steps, eval.* and threads may change")
 
 
 def add_eval(parser: argparse.ArgumentParser) -> None:
@@ -97,8 +97,10 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
 
 def add_sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of one in configs/recipes")
-    parser.add_argument("--out", metavar="DIR", help="where the runs and the table go (default: runs/sweep-NAME)")
-    parser.add_argument("--table", action="store_true", help="only make the table of what is finished")
+    parser.add_argument("--out", metavar="DIR", help="where the runs and the tables go (default: runs/sweep-NAME, or the folder that the recipe names)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs side by side, which share the cores (default: %(default)s)")
+    parser.add_argument("--list", action="store_true", help="only say what is finished, begun or not run")
+    parser.add_argument("--table", action="store_true", help="only make the tables of what is finished")
 
 
 def add_labels(parser: argparse.ArgumentParser) -> None:
@@ -342,24 +344,29 @@ def analyze(args: argparse.Namespace, faults: list[str]) -> int:
 
 
 def sweep(args: argparse.Namespace, faults: list[str]) -> int:
-    """Every arm and seed of a recipe that is not finished, then the table."""
+    """Every arm and seed of a recipe that is not finished, then the tables."""
     stop_on(faults)
     from gcdlite import sweep as room
 
-    path = room.find(args.recipe)
-    recipe = room.read(path)
-    root = Path(args.out) if args.out else Path("runs") / f"sweep-{path.stem}"
-    failed = [] if args.table else room.sweep(recipe, root)
-    rows = room.table(recipe, root)
-    text = room.markdown(recipe, rows)
-    root.mkdir(parents=True, exist_ok=True)
-    (root / "table.md").write_text(text, encoding="utf-8")
-    (root / "table.json").write_text(json.dumps({"title": recipe.title, "rows": rows}, indent=1) + "\n")
+    recipe = room.read(room.find(args.recipe))
+    root = Path(args.out) if args.out else room.default_root(recipe)
+    if args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: at least 1")
+    if args.list:
+        print("\n".join(room.listing(recipe, root)))
+        return 0
+    try:
+        failed = [] if args.table else room.sweep(recipe, root, args.jobs)
+    except KeyboardInterrupt:
+        print("gcdlite: stopped; the same command goes on", file=sys.stderr)
+        return INTERRUPTED
+    text = room.write(recipe, root)
 
     from rich.console import Console
     from rich.markdown import Markdown
 
     Console(highlight=False).print(Markdown(text))
+    print(f"{root / recipe.name}.md")
     if failed:
         raise UserError(f"{', '.join(failed)} failed, see above; the same command tries again")
     return 0
@@ -452,10 +459,7 @@ def chosen(args: argparse.Namespace, faults: list[str]) -> tuple[Path, Config, s
         file = shipped["qwen2.5-1.5b" if cuda else "smollm2" if own else "nano"]
         why = f"the default {'for a model of your own ' if own else ''}{'with' if cuda else 'without'} a CUDA GPU; --config takes another"
         config = load(file, args.settings, flags)
-    for section, field in ((config.env, "data"), (config.model, "name"), (config.model, "adapter")):
-        value = getattr(section, field)
-        if value and Path(value).is_dir():  # the run folder must be good from any other working folder, too
-            setattr(section, field, str(Path(value).resolve()))
+    absolute(config)
     name = f"{config.env.name}-{Path(config.model.name).name.lower()}-{config.algo.name}{'+gcd' if config.gcd.enabled else ''}{'_sugg' if config.gcd.suggest else ''}"
     folder = config.out or Path("runs") / f"{name}-s{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     return Path(folder), config, f"{file.name}, {why}"
@@ -469,7 +473,7 @@ def resumed(args: argparse.Namespace, faults: list[str]) -> tuple[Path, Config, 
         for option, name, *_ in RUN_FLAGS
         if name != "steps" and getattr(args, name) is not None
     ]
-    config = of_run(folder, args.settings, [*faults, *fixed], {"steps": args.steps})
+    config = of_run(folder, args.settings, [*faults, *fixed], {"steps": args.steps}, free=("eval.", "threads"))
 
     from gcdlite import checkpoint, runlog
 

@@ -306,7 +306,7 @@ def load(
     faults = list(faults)
     data: dict = {}
     try:
-        data = _read(Path(path)) if path else {}
+        data = read_yaml(Path(path)) if path else {}
     except UserError as error:
         faults.append(str(error))
     for item in overrides:
@@ -346,12 +346,21 @@ def find_config(name: str) -> Path:
     raise UserError(f"no config file {name!r}{nearest(name, known)}; shipped ones: {', '.join(known)}")
 
 
+def absolute(config: Config) -> Config:
+    """The same settings, folders by their full names: a run must be good from any other working folder, too."""
+    for section, field in ((config.env, "data"), (config.model, "name"), (config.model, "adapter")):
+        value = getattr(section, field)
+        if value and Path(value).is_dir():
+            setattr(section, field, str(Path(value).resolve()))
+    return config
+
+
 def dump(config: Config, path: Path) -> None:
     """Write the resolved settings as YAML."""
     path.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False), encoding="utf-8")
 
 
-def _read(path: Path, above: Sequence[Path] = ()) -> dict:
+def read_yaml(path: Path, above: Sequence[Path] = ()) -> dict:
     """A file's settings over those of its base; `above` are the files that led here."""
     if path in above:
         raise UserError(f"the config file {path} is a base of itself")
@@ -364,7 +373,7 @@ def _read(path: Path, above: Sequence[Path] = ()) -> dict:
     if not isinstance(data, dict):
         raise UserError(f"the config file {path} must hold `section: {{field: value}}`, not a {type(data).__name__}")
     if "base" in data:
-        base = _read(path.parent / f"{data.pop('base')}.yaml", [*above, path])
+        base = read_yaml(path.parent / f"{data.pop('base')}.yaml", [*above, path])
         data = _merge(base, data)
     return data
 

@@ -50,7 +50,7 @@ def evaluate(policy: Policy, pool: Pool, level: str, config: Config, batch: int 
     name = f"eval/{level}"
     out = success(name, sound(episodes))
     played = metrics(episodes, 0.0)
-    for key in ("turns", "malformed", "inadmissible", "repeated", "response_tokens", "errors"):
+    for key in ("turns", "malformed", "inadmissible", "repeated", "looped", "response_tokens", "errors"):
         out[f"{name}/{key}"] = played[f"rollout/{key}"]
     if config.eval.judge_turns:
         targets = judging.select(label(sound(episodes), "oracle"), [], config.eval.judge_turns, random.Random(config.seed))

@@ -20,6 +20,7 @@ from gcdlite.records import Episode, Group, Observation, Task, Turn
 from gcdlite.sampling import Completion
 
 HARMLESS = "nothing"  # sent for a malformed turn without an action: no engine knows it, so it only costs the turn
+LOOPS = (2, 3, 4)  # lengths of a loop
 
 
 def collect(
@@ -162,6 +163,21 @@ def _ask(policy: Policy, episode: Episode, observation: Observation, config: Con
     )
 
 
+def repeated(actions: Sequence[str]) -> list[bool]:
+    """Which actions are the same as the one before. a a b -> no, yes, no"""
+    return [i > 0 and a == actions[i - 1] for i, a in enumerate(actions)]
+
+
+def looped(actions: Sequence[str]) -> list[bool]:
+    """Which actions end two rounds of the same 2 to 4 actions. a b a b c -> no, no, no, yes, no
+
+    An action taken four times in a row is a loop of two, too, so repeated and looped turns overlap.
+    """
+    return [
+        any(i + 1 >= 2 * m and actions[i + 1 - m : i + 1] == actions[i + 1 - 2 * m : i + 1 - m] for m in LOOPS) for i in range(len(actions))
+    ]
+
+
 def sound(episodes: Sequence[Episode]) -> list[Episode]:
     """Without the episodes that their environment ended by failing: those say nothing of the policy."""
     return [e for e in episodes if e.error is None]
@@ -174,13 +190,15 @@ def metrics(episodes: Sequence[Episode], seconds: float) -> dict[str, float]:
     turns = [t for e in episodes for t in e.turns]
     n = max(1, len(turns))
     generated = sum(len(t.response_ids) for t in turns)
+    actions = [[t.action for t in e.turns] for e in episodes]
     lost = sum(len(t.response_ids) for e in failed for t in e.turns)
     return {
         "rollout/success": sum(e.won for e in episodes) / max(1, len(episodes)),
         "rollout/turns": len(turns) / max(1, len(episodes)),
         "rollout/malformed": sum(t.malformed for t in turns) / n,
         "rollout/inadmissible": sum(not t.is_admissible for t in turns) / n,
-        "rollout/repeated": sum(a.action == b.action for e in episodes for a, b in zip(e.turns, e.turns[1:])) / n,
+        "rollout/repeated": sum(sum(repeated(a)) for a in actions) / n,
+        "rollout/looped": sum(sum(looped(a)) for a in actions) / n,
         "rollout/response_tokens": generated / n,
         "rollout/prompt_tokens": sum(len(t.prompt_ids) for t in turns) / n,
         "rollout/tokens_per_s": (generated + lost) / seconds if seconds else 0.0,

@@ -1,82 +1,162 @@
-"""Several arms over several seeds: a recipe in, finished runs and one table with intervals and paired differences out.
+"""Several arms over several seeds: a recipe in, finished runs and tables with intervals and paired differences out.
 
 Each run is a process of its own (`python run.py … --out ROOT/ARM-sSEED`), so a crash costs one run. Running a sweep again
 skips what is finished and resumes what was begun. Seeds go outermost: whatever is finished can be compared in pairs.
+
+Runs that begin with the same weights (and, unless evaluated greedily, with the same seed) would measure the same before training.
+Only the first of them does (the others get `eval.before=false`), and the tables give its figures to all of them.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from gcdlite.config import CONFIG_DIR, find_config, load, nearest
+from gcdlite.config import CONFIG_DIR, Config, absolute, find_config, load, nearest, read_yaml, threads
 from gcdlite.records import UserError
+from gcdlite.runlog import RunLog
 
 RUN = CONFIG_DIR.parent / "run.py"
+INTERRUPTED = 130  # run.py's exit code after Ctrl-C
+PATIENCE = 30.0  # seconds that a run has to end after Ctrl-C
 
 # Student's t, 97.5 %, by degrees of freedom (fewer seeds than this table is long, or nearly normal).
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
+# --- recipes
+
+
+class Start(BaseModel):
+    """A cold start, made once by `python run.py coldstart` for all seeds. What is not named here is a setting of it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    start: str | None = Field(None, description="an earlier cold start, whose base model this one goes on from (nano only)")
+
+
+class Arm(BaseModel):
+    """What is compared. What is not named here is a setting: section.field: value."""
+
+    model_config = ConfigDict(extra="allow")
+
+    start: str | None = Field(None, description="the cold start whose weights it begins with")
+    against: str | None = Field(None, description="the arm that it is compared with; unset: the recipe's")
+    seeds: list[int] | None = Field(None, min_length=1, description="instead of the recipe's")
+
+
 class Recipe(BaseModel):
-    """What a sweep runs. The first arm is the one that the others are compared with."""
+    """What a sweep runs. A file may name another one to start from as `base: NAME` (looked up beside it)."""
 
     model_config = ConfigDict(extra="forbid")
 
+    name: str = Field("recipe", description="the file's name")
     title: str = Field(description="what the table shows, and which table of the papers it is")
+    folder: str | None = Field(None, description="recipes that name the same folder share their finished runs: runs/sweep-FOLDER")
     config: str = Field("nano", description="a config's name or file")
-    settings: dict[str, Any] = Field({}, description="section.field: value, for every arm")
+    settings: dict[str, Any] = Field({}, description="section.field: value, for every arm and cold start")
     seeds: list[int] = Field([0, 1, 2], min_length=1, description="paired over the arms")
-    arms: dict[str, dict[str, Any]] = Field(min_length=1, description="name -> section.field: value")
+    starts: dict[str, Start] = Field({}, description="cold starts by name, each after those that it goes on from")
+    arms: dict[str, Arm] = Field(min_length=1, description="what is compared, by name")
+    against: str | None = Field(None, description="the arm that the others are compared with; unset: the first")
+    absent: dict[str, str] = Field({}, description="arms of the papers' table (or of the base) that cannot be run, and why")
+    paper: dict[str, dict[str, float]] = Field({}, description="what the paper reports: arm -> level -> percent")
 
-    def overrides(self, arm: str) -> list[str]:
+    @model_validator(mode="after")
+    def _whole(self) -> Recipe:
+        self.arms = {name: arm for name, arm in self.arms.items() if name not in self.absent}
+        if not self.arms:
+            raise ValueError("absent names every arm, so nothing is left to run")
+        self.against = self.against or next(iter(self.arms))
+        faults = [f"{name!r} is no name for a folder" for name in (*self.arms, *self.starts) if "/" in name or not name.strip()]
+        faults += [f"paper: no arm {name!r}{nearest(name, self.arms)}" for name in self.paper if name not in {**self.arms, **self.absent}]
+        partners = {self.against, *map(self.partner, self.arms)}
+        faults += [f"against: no arm {name!r}{nearest(name, self.arms)}" for name in partners if name not in self.arms]
+        known: list[str] = []
+        for name, start in self.starts.items():
+            faults += _unknown_start(f"cold start {name}", start.start, known)
+            known.append(name)
+        for name, arm in self.arms.items():
+            faults += _unknown_start(f"arm {name}", arm.start, known)
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    def partner(self, arm: str) -> str:
+        """The arm that this one is compared with; its own name for the one that is compared with none."""
+        return self.arms[arm].against or self.against or arm
+
+    def seeds_of(self, arm: str) -> list[int]:
+        return self.arms[arm].seeds or self.seeds
+
+    def overrides(self, arm: str, root: Path) -> list[str]:
         """The arm's settings as `section.field=value`."""
-        return [f"{key}={json.dumps(value)}" for key, value in (self.settings | self.arms[arm]).items()]
+        name = self.arms[arm].start
+        weights = {}
+        if name and self.start_config(name, root).coldstart.from_scratch:
+            weights = {"model.name": str(folder_of(root, name) / "model")}
+        elif name:
+            weights = {"model.adapter": str(folder_of(root, name) / "adapter")}
+        return _words(self.settings | (self.arms[arm].model_extra or {}) | weights)
+
+    def start_overrides(self, name: str, root: Path) -> list[str]:
+        """The cold start's settings as `section.field=value`."""
+        start = self.starts[name]
+        before = {"coldstart.start": str(folder_of(root, start.start) / "base")} if start.start else {}
+        return _words(self.settings | (start.model_extra or {}) | before)
+
+    def start_config(self, name: str, root: Path) -> Config:
+        return load(find_config(self.config), self.start_overrides(name, root))
 
 
-@dataclass
-class Run:
-    arm: str
-    seed: int
-    folder: Path
+def _unknown_start(who: str, name: str | None, known: Collection[str]) -> list[str]:
+    return [f"{who} begins with {name!r}, which is no cold start of the recipe (nor one above it)"] if name and name not in known else []
 
-    @property
-    def state(self) -> str:
-        """`finished`, `begun` or `not run`."""
-        if (self.folder / "summary.json").is_file():
-            return "finished"
-        return "begun" if any((self.folder / "checkpoints").glob("*")) else "not run"
 
-    def summary(self) -> dict[str, Any] | None:
-        return json.loads((self.folder / "summary.json").read_text()) if self.state == "finished" else None
+def _words(settings: dict[str, Any]) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+
+
+def folder_of(root: Path, start: str) -> Path:
+    """Where a cold start is made, by its full name: runs remember it."""
+    return root.resolve() / f"start-{start}"
+
+
+def made(folder: Path) -> dict[str, Any] | None:
+    """What a finished cold start says of itself; None before its end, since this file is the last that it writes."""
+    files = [file for part in ("model", "adapter") if (file := folder / part / "made.json").is_file()]
+    return json.loads(files[0].read_text()) if files else None
 
 
 def read(path: Path) -> Recipe:
     """A recipe, every arm's settings checked. Raises UserError with all faults."""
     try:
-        recipe = Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read the recipe {path}: {' '.join(str(error).split())}") from None
+        recipe = Recipe.model_validate(read_yaml(path) | {"name": path.stem})
     except ValidationError as error:
-        faults = [f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors()]
+        faults = [f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
         raise UserError(f"the recipe {path}: " + "; ".join(faults)) from None
-    for arm in recipe.arms:
-        if "/" in arm or not arm.strip():
-            raise UserError(f"the recipe {path}: {arm!r} is no name for a folder")
+    root = default_root(recipe)
+    parts = [(f"cold start {name}", recipe.start_overrides, name) for name in recipe.starts]
+    for what, words, name in [*parts, *((f"arm {name}", recipe.overrides, name) for name in recipe.arms)]:
         try:
-            load(find_config(recipe.config), recipe.overrides(arm))
+            load(find_config(recipe.config), words(name, root))
         except UserError as error:
-            raise UserError(f"the recipe {path}, arm {arm}: {error}") from None
+            raise UserError(f"the recipe {path}, {what}: {error}") from None
     return recipe
 
 
@@ -90,31 +170,246 @@ def find(name: str) -> Path:
     raise UserError(f"no recipe {name!r}{nearest(name, known)}; shipped ones: {', '.join(known)}")
 
 
+def default_root(recipe: Recipe) -> Path:
+    return Path("runs") / f"sweep-{recipe.folder or recipe.name}"
+
+
+# --- runs
+
+
+@dataclass
+class Run:
+    arm: str
+    seed: int
+    folder: Path
+    config: Config  # what it is, or will be, made with
+    words: list[str]  # the settings that make the recipe's config this one
+
+    @property
+    def state(self) -> str:
+        """`finished`, `begun` or `not run`."""
+        if (self.folder / "summary.json").is_file():
+            return "finished"
+        return "begun" if self.iteration is not None else "not run"
+
+    @property
+    def iteration(self) -> int | None:
+        """How many iterations are saved; None before anything is."""
+        saved = sorted((self.folder / "checkpoints").glob("iteration-*"))
+        return int(saved[-1].name.rpartition("-")[2]) if saved else None
+
+    def summary(self) -> dict[str, Any] | None:
+        return json.loads((self.folder / "summary.json").read_text()) if self.state == "finished" else None
+
+
 def plan(recipe: Recipe, root: Path) -> list[Run]:
-    """All runs, in the order in which they are done."""
-    return [Run(arm, seed, root / f"{arm}-s{seed}") for seed in recipe.seeds for arm in recipe.arms]
+    """All runs, in the order in which they are begun. Of those that begin alike only the first is evaluated before training."""
+    runs, measured = [], set()
+    words_of = {arm: recipe.overrides(arm, root) for arm in recipe.arms}
+    configs = {arm: absolute(load(find_config(recipe.config), words)) for arm, words in words_of.items()}
+    for seed in dict.fromkeys([*recipe.seeds, *(s for arm in recipe.arms for s in recipe.seeds_of(arm))]):
+        for arm in recipe.arms:
+            if seed not in recipe.seeds_of(arm):
+                continue
+            words, config = list(words_of[arm]), configs[arm].model_copy(deep=True)
+            config.seed = seed
+            if beginning(config) in measured and config.eval.before and config.iterations:
+                config.eval.before = False
+                words.append("eval.before=false")
+            measured.add(beginning(config))
+            runs.append(Run(arm, seed, root / f"{arm}-s{seed}", config, words))
+    return runs
 
 
-def sweep(recipe: Recipe, root: Path, tell: Callable[[str], None] = print) -> list[str]:
-    """Do what is not finished; returns the runs that failed, which do not stop the others."""
-    failed = []
-    for run in plan(recipe, root):
+def beginning(config: Config) -> str:
+    """All that an evaluation before training depends on, as text: runs that agree in it measure the same.
+
+    A fresh adapter changes nothing, whatever its rank, and suggestions never stand in an evaluation's prompts. Greedily, a seed
+    chooses only which turns are judged, and no table shows the judge before training.
+    """
+    rollout = config.rollout
+    parts = [
+        config.seed if config.eval.temperature else "any seed",
+        config.env.model_dump(),
+        config.model.model_dump(),
+        config.eval.model_dump(exclude={"before", "every"}),
+        [rollout.max_new_tokens, rollout.max_prompt_tokens, rollout.rows, config.gcd.max_new_tokens],
+        [config.algo.tagged, config.algo.name == "reflection"],
+    ]
+    return json.dumps(parts, sort_keys=True)
+
+
+def check(recipe: Recipe, root: Path) -> list[Run]:
+    """The recipe's runs. Raises UserError when one of them, or a cold start, was made with other settings than the recipe has now."""
+    runs = plan(recipe, root)
+    parts = []
+    for name in needed(recipe):
+        folder = folder_of(root, name)
+        if record := made(folder):
+            old, new = record["coldstart"], recipe.start_config(name, root).coldstart.model_dump(exclude={"start"})
+            parts.append((folder, {key: old.get(key, value) for key, value in new.items()}, new))
+    parts += [(run.folder, _flat(load(file)), _flat(run.config)) for run in runs if (file := run.folder / "config.yaml").is_file()]
+    for folder, old, new in parts:
+        changed = [f"{key}={old[key]!r} (recipe: {new[key]!r})" for key in new if old[key] != new[key]]
+        if changed:
+            raise UserError(f"{folder} was made with {', '.join(changed)}; move it away, or name another folder with --out")
+    return runs
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    """Settings that make a run what it is, by their full name."""
+    flat: dict[str, Any] = {}
+    for name, value in config.model_dump(exclude={"out": True, "threads": True, "coldstart": True, "eval": {"before"}}).items():
+        flat |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def listing(recipe: Recipe, root: Path) -> list[str]:
+    """One line for each cold start and run, and a last one that counts: what is finished, and what is still to do."""
+    runs = plan(recipe, root)
+    lines = [f"start-{name}: {'made' if made(folder_of(root, name)) else 'not made'}" for name in needed(recipe)]
+    for run in runs:
+        far = f", iteration {run.iteration} of {run.config.iterations}" if run.state == "begun" else ""
+        lines.append(f"{run.folder.name}: {run.state}{far}")
+    lines += [f"{name}: not run: {why}" for name, why in recipe.absent.items()]
+    left = sum(r.config.iterations - (r.iteration or 0) for r in runs if r.state != "finished")
+    return [*lines, f"{sum(r.state == 'finished' for r in runs)} of {len(runs)} runs are finished in {root}, {left} iterations to go"]
+
+
+def needed(recipe: Recipe) -> list[str]:
+    """The cold starts that some arm begins with, and those below them, in the order in which they are made."""
+    wanted = {arm.start for arm in recipe.arms.values()}
+    for name in reversed(recipe.starts):
+        if name in wanted:
+            wanted.add(recipe.starts[name].start)
+    return [name for name in recipe.starts if name in wanted]
+
+
+def sweep(recipe: Recipe, root: Path, jobs: int = 1, tell: Callable[[str], None] = print) -> list[str]:
+    """Do what is not finished, `jobs` runs side by side; returns what failed, which does not stop the others.
+
+    Raises UserError when another sweep works in the folder, or when it holds runs of other settings.
+    """
+    runs = check(recipe, root)
+    root.mkdir(parents=True, exist_ok=True)
+    log = RunLog(root)
+    log.lock()
+    try:
+        with stoppable():
+            return _sweep(recipe, root, runs, jobs, tell)
+    finally:
+        log.unlock()
+
+
+def _sweep(recipe: Recipe, root: Path, runs: Sequence[Run], jobs: int, tell: Callable[[str], None]) -> list[str]:
+    missing = []
+    for name in needed(recipe):
+        folder = folder_of(root, name)
+        if made(folder):
+            tell(f"{folder.name}: made before")
+        elif recipe.starts[name].start in missing:
+            missing.append(name)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)  # half of a cold start is of no use
+            tell(f"{folder.name}: started")
+            command = ["coldstart", "--config", recipe.config, "--out", str(folder), *recipe.start_overrides(name, root)]
+            if side_by_side([(folder.name, command)], 1, root, tell):
+                missing.append(name)
+
+    failed, work = [f"start-{name}" for name in missing], []
+    each = 0 if jobs == 1 else max(1, threads(Config()) // jobs)
+    for run in runs:
         name, state = run.folder.name, run.state
+        cores = run.config.threads or each
         if state == "finished":
             tell(f"{name}: finished before")
-            continue
-        if state == "begun":
-            command = ["--resume", str(run.folder)]
+        elif recipe.arms[run.arm].start in missing:
+            tell(f"{name}: not run, its cold start failed")
+        elif state == "begun":
+            work.append((name, ["--resume", str(run.folder), f"threads={cores}"]))
         else:
-            command = ["--config", recipe.config, "--seed", str(run.seed), "--out", str(run.folder), *recipe.overrides(run.arm)]
-        tell(f"{name}: {'resumed' if state == 'begun' else 'started'}")
-        code = subprocess.run([sys.executable, str(RUN), *command]).returncode
-        if code == 130:
-            raise KeyboardInterrupt
-        if code:
-            tell(f"{name}: failed (exit code {code})")
-            failed.append(name)
+            if (run.folder / "config.yaml").is_file():
+                shutil.rmtree(run.folder)  # stopped before anything was saved
+            command = ["--config", recipe.config, "--seed", str(run.seed), "--out", str(run.folder), *run.words]
+            work.append((name, [*command, *([f"threads={cores}"] if cores else [])]))
+    return failed + side_by_side(work, jobs, root, tell)
+
+
+def side_by_side(work: Sequence[tuple[str, list[str]]], jobs: int, root: Path, tell: Callable[[str], None]) -> list[str]:
+    """Run (name, arguments of run.py), at most `jobs` at a time; the names of those that failed.
+
+    A single one writes to the terminal, several write to ROOT/NAME.log. Ctrl-C ends them all.
+    """
+    waiting, failed = list(work), []
+    running: dict[str, subprocess.Popen] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                name, command = waiting.pop(0)
+                log = root / f"{name}.log" if jobs > 1 else None
+                tell(f"{name}: {'resumed' if command[0] == '--resume' else 'started'}" + (f", writes to {log}" if log else ""))
+                running[name] = begin(command, log)
+            time.sleep(0.1)
+            for name, process in list(running.items()):
+                code = process.poll()
+                if code is None:
+                    continue
+                del running[name]
+                if code == INTERRUPTED:
+                    raise KeyboardInterrupt
+                if code:
+                    tell(f"{name}: failed (exit code {code})")
+                    failed.append(name)
+                elif jobs > 1:
+                    tell(f"{name}: finished")
+    finally:
+        stop(list(running.values()))
     return failed
+
+
+def begin(command: Sequence[str], log: Path | None) -> subprocess.Popen:
+    """Start `python run.py …` out of the terminal's reach: Ctrl-C comes to the sweep, which passes it on."""
+    words = [sys.executable, str(RUN), *command]
+    if log is None:
+        return subprocess.Popen(words, stdin=subprocess.DEVNULL, start_new_session=True)
+    with open(log, "a", encoding="utf-8") as file:
+        return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def stop(processes: Sequence[subprocess.Popen]) -> None:
+    """End what still runs: by Ctrl-C, so that it ends in order, and after a while for good."""
+    try:
+        for process in processes:
+            if process.poll() is None and os.name == "posix":  # elsewhere they share the console, and its Ctrl-C
+                process.send_signal(signal.SIGINT)
+        until = time.monotonic() + PATIENCE
+        for process in processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, until - time.monotonic()))
+    finally:  # also after a second Ctrl-C
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Let SIGTERM and the end of the terminal do what Ctrl-C does, so that no run is left behind."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    names = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {name: signal.signal(name, interrupt) for name in names if signal.getsignal(name) != signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+# --- tables
 
 
 def interval(values: Sequence[float]) -> tuple[float, float | None]:
@@ -129,73 +424,192 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
     return mean(values), t * stdev(values) / math.sqrt(len(values))
 
 
-def table(recipe: Recipe, root: Path) -> list[dict[str, Any]]:
-    """One row for each arm and level: success before and after, the change, and the paired difference to the first arm.
+def over(values: Iterable[float | None]) -> dict[str, Any] | None:
+    """{"mean", "half", "n"} of what is there; None when nothing is."""
+    there = [v for v in values if v is not None]
+    if not there:
+        return None
+    middle, half = interval(there)
+    return {"mean": middle, "half": half, "n": len(there)}
 
-    Each of these is {"mean", "half", "n"}, in shares, over the seeds that are finished, or None.
+
+# Columns of the table of behaviour: heading, key in summary.json, factor.
+BEHAVIOUR = (
+    ("repeated %", "repeated", 100), ("looped %", "looped", 100), ("malformed %", "malformed", 100),
+    ("inadmissible %", "inadmissible", 100), ("tokens a turn", "response_tokens", 1), ("turns", "turns", 1),
+)  # fmt: skip
+
+
+def table(recipe: Recipe, root: Path) -> list[dict[str, Any]]:
+    """One row for each arm and level: success before and after, the change, the paired difference to another arm, behaviour.
+
+    Each of these is {"mean", "half", "n"}, in shares, over the seeds that are finished, or None; of a single seed success
+    also has Wilson's interval over games, "low" and "high". Raises UserError when runs have other settings than the recipe.
     """
-    done: dict[str, dict[int, dict]] = {arm: {} for arm in recipe.arms}
-    for run in plan(recipe, root):
+    runs = check(recipe, root)
+    done: dict[str, dict[int, dict[str, Any]]] = {arm: {} for arm in recipe.arms}
+    begins: dict[tuple[str, int], str] = {}
+    for run in runs:
+        begins[run.arm, run.seed] = beginning(run.config)
         if summary := run.summary():
             done[run.arm][run.seed] = summary
-    levels = list(dict.fromkeys(level for runs in done.values() for s in runs.values() for level in s["levels"]))
-    first = next(iter(recipe.arms))
-
-    def over(values: Sequence[float]) -> dict[str, Any] | None:
-        if not values:
-            return None
-        middle, half = interval(values)
-        return {"mean": middle, "half": half, "n": len(values)}
+    fresh = untrained(root)
 
     rows: list[dict[str, Any]] = []
-    for arm, runs in done.items():
-        for level in levels or [""]:
-            after = {seed: s["levels"][level]["after"] for seed, s in runs.items() if "after" in s["levels"].get(level, {})}
-            before = {seed: s["levels"][level]["before"] for seed, s in runs.items() if "before" in s["levels"].get(level, {})}
-            other = {seed: s["levels"][level]["after"]["success"] for seed, s in done[first].items() if "after" in s["levels"].get(level, {})}
-            judged = [a["judge"] for a in after.values() if a.get("judge") is not None]
+    for arm, summaries in done.items():
+        mine = [r.config for r in runs if r.arm == arm]
+        config, partner = mine[0], recipe.partner(arm)
+        seconds = {seed: s["training_seconds"] for seed, s in summaries.items()}
+        theirs = {seed: s["training_seconds"] for seed, s in done[partner].items()}
+        longer = over(t / theirs[s] - 1 for s, t in seconds.items() if theirs.get(s))
+        for level in config.eval.levels:
+            after, other = (
+                {seed: s["levels"][level]["after"] for seed, s in some.items() if "after" in s["levels"].get(level, {})}
+                for some in (summaries, done[partner])
+            )
+            starts = {seed: fresh.get(begins[arm, seed], {}) for seed in after} if config.iterations else {}
+            before = {seed: levels[level] for seed, levels in starts.items() if level in levels}
+            pairs = [after[s]["success"] - other[s]["success"] for s in after if s in other]
             rows.append(
                 {
                     "arm": arm,
                     "level": level,
-                    "games": next((a["n"] for a in after.values()), None),
-                    "before": over([b["success"] for b in before.values()]),
-                    "after": over([a["success"] for a in after.values()]),
-                    "change": over([after[s]["success"] - before[s]["success"] for s in after if s in before]),
-                    "against_first": None if arm == first else over([after[s]["success"] - other[s] for s in after if s in other]),
-                    "judge": over(judged),
-                    "labeller": next((s["labeller"] for s in runs.values()), None),
+                    "labeller": config.gcd.labeller if config.gcd.enabled else None,
+                    "suggest_by": config.gcd.suggest_by if config.gcd.suggest else None,
                     "seeds": sorted(after),
-                    "seconds": mean(s["training_seconds"] for s in runs.values()) if runs else None,
+                    "planned": len(mine),
+                    "games": next((a["n"] for a in after.values()), None),
+                    "paper": recipe.paper.get(arm, {}).get(level),
+                    "before": success(list(before.values())[: None if config.eval.temperature else 1]),  # greedily it is one and the same
+                    "after": success(list(after.values())),
+                    "change": over(after[s]["success"] - before[s]["success"] for s in after if s in before),
+                    "against": None if partner == arm else partner,
+                    "difference": None if partner == arm else over(pairs),
+                    "judge": over(a.get("judge") for a in after.values()),
+                    **{key: over(a.get(key) for a in after.values()) for _, key, _ in BEHAVIOUR},
+                    "iterations": config.iterations,
+                    "minutes": over(t / 60 for t in seconds.values()),
+                    "longer": longer if partner != arm and config.iterations else None,
+                    "threads": sorted({s["threads"] for s in summaries.values() if "threads" in s}),
                 }
             )
+    for arm, why in recipe.absent.items():
+        reported = recipe.paper.get(arm, {})
+        rows += [{"arm": arm, "level": level, "absent": why, "after": None, "paper": reported.get(level)} for level in reported or [""]]
     return rows
 
 
-def markdown(recipe: Recipe, rows: Sequence[dict[str, Any]]) -> str:
-    """The table as text; what was not run says so, and a single seed is marked."""
+def untrained(root: Path) -> dict[str, dict[str, Any]]:
+    """How runs in this folder begin -> what was measured before training, by level."""
+    found: dict[str, dict[str, Any]] = {}
+    for file in sorted(root.glob("*/summary.json")):
+        summary = json.loads(file.read_text())
+        when = "before" if summary["steps"] else "after"  # what is not trained is measured once
+        levels = {level: parts[when] for level, parts in summary["levels"].items() if when in parts}
+        if levels:
+            found.setdefault(beginning(load(file.parent / "config.yaml")), levels)
+    return found
 
-    def cell(value: dict[str, Any] | None, sign: str = "") -> str:
+
+def success(parts: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Mean and interval over seeds; a single seed has Wilson's interval over its games instead."""
+    value = over(p["success"] for p in parts)
+    return value | {key: parts[0].get(key) for key in ("low", "high")} if value and len(parts) == 1 else value
+
+
+def markdown(recipe: Recipe, rows: Sequence[dict[str, Any]], note: str = "") -> str:
+    """The tables as text; what was not run says so, and a single seed is marked. `note` is what the runs say of their games."""
+
+    def cell(value: dict[str, Any] | None, factor: float = 100, sign: str = "", digits: int = 1) -> str:
         if value is None:
             return "–"
-        text = f"{100 * value['mean']:{sign}.1f}"
-        return text + (f" ± {100 * value['half']:.1f}" if value["half"] is not None else " (one seed)")
+        text = f"{factor * value['mean']:{sign}.{digits}f}"
+        if value["half"] is not None:
+            return f"{text} ± {factor * value['half']:.{digits}f}"
+        return f"{text} ({factor * value['low']:.0f}–{factor * value['high']:.0f})" if value.get("low") is not None else text
 
-    first = next(iter(recipe.arms))
-    lines = [
-        f"**{recipe.title}**",
-        "",
-        "Success in percent; mean and 95 % interval over seeds (Student's t), differences paired by seed.",
-        "",
-        f"| arm | labeller | level | before | after | change | against {first} | judge | seeds | games | min a run |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    def head(*names: str) -> list[str]:
+        return ["", f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
+
+    paper = bool(recipe.paper)
+    lines = [f"**{recipe.title}**", "", *_caption(recipe, rows, note)]
+
+    lines += head("arm", "level", *(["paper"] if paper else []), "before", "after", "change", "difference", "judge", "games")
     for row in rows:
+        cells = [label(row), row["level"], *([f"{row['paper']:.1f}" if row["paper"] is not None else ""] if paper else [])]
         if row["after"] is None:
-            lines.append(f"| {row['arm']} | | {row['level']} | not run | | | | | | | |")
-            continue
-        lines.append(
-            f"| {row['arm']} | {row['labeller'] or '–'} | {row['level']} | {cell(row['before'])} | {cell(row['after'])} | {cell(row['change'], '+')} "
-            f"| {cell(row['against_first'], '+')} | {cell(row['judge'])} | {len(row['seeds'])} | {row['games']} | {row['seconds'] / 60:.1f} |"
-        )
+            cells += ["", f"not run{': ' + row['absent'] if 'absent' in row else ''}", "", "", "", ""]
+        else:
+            difference = f"{cell(row['difference'], sign='+')} (to {row['against']})" if row["difference"] else "–"
+            cells += [cell(row["before"]), cell(row["after"]), cell(row["change"], sign="+"), difference]
+            cells += [cell(row["judge"]), str(row["games"])]
+        lines.append(f"| {' | '.join(cells)} |")
+
+    finished = [row for row in rows if row["after"] is not None]
+    if finished:
+        lines += head("arm", "level", *(name for name, _, _ in BEHAVIOUR))
+        for row in finished:
+            cells = [label(row), row["level"], *(cell(row[key], factor) for _, key, factor in BEHAVIOUR)]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines += head("arm", "seeds", "iterations", "threads", "min of training", "difference in time %")
+        for row in {row["arm"]: row for row in finished}.values():
+            cells = [label(row), ", ".join(map(str, row["seeds"])), str(row["iterations"]), ", ".join(map(str, row["threads"]))]
+            longer = f"{cell(row['longer'], 100, '+', 0)} (to {row['against']})" if row["longer"] else "–"
+            cells += [cell(row["minutes"], 1) if row["iterations"] else "–", longer]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def label(row: dict[str, Any]) -> str:
+    """The arm's name, who labelled its turns and wrote its suggestions, and a word where seeds are few or still missing."""
+    if "absent" in row:
+        return row["arm"]
+    notes = []
+    if labeller := row["labeller"]:
+        notes.append(f"{labeller} labels: an upper bound, not GCD" if "oracle" in labeller.split("+") else f"{labeller} labels")
+    if row["suggest_by"]:
+        notes.append(f"suggestions by {row['suggest_by']}")
+    if row["planned"] == 1:
+        notes.append("one seed")
+    elif row["after"] is not None and len(row["seeds"]) < row["planned"]:
+        notes.append(f"{len(row['seeds'])} of {row['planned']} seeds")
+    return f"{row['arm']} ({', '.join(notes)})" if notes else row["arm"]
+
+
+def _caption(recipe: Recipe, rows: Sequence[dict[str, Any]], note: str) -> list[str]:
+    """What a reader must know beside the figures, and the command that made them."""
+    config = load(find_config(recipe.config), _words(recipe.settings))
+    how = "greedily" if config.eval.temperature == 0 else f"at temperature {config.eval.temperature:g}"
+    games = f"{config.eval.limit} games a level" if config.eval.limit else "every game of a level"
+    algorithms = {(arm.model_extra or {}).get("algo.name") for arm in recipe.arms.values()}
+    said = [
+        f"{config.model.name}, {config.env.name}{f' ({note})' if note else ''}, protocol {config.env.protocol}; {config.steps} iterations "
+        f"of {config.rollout.groups} games × {config.rollout.group_size} episodes; evaluated {how}, {games}. "
+        f"Made by `python run.py sweep {recipe.name}`.",
+        "Success and behaviour in percent; mean ± 95 % interval over seeds (Student's t), of a single seed (95 % interval over games, "
+        "Wilson). Difference: after training, paired by seed. Judge: balanced accuracy against the oracle.",
+    ]
+    if recipe.paper:
+        said.append("Paper: what it reports; it trains all parameters, on its own splits and machines.")
+    if cost := config.reward.inadmissible * config.reward.success:
+        said.append(f"Training charged {cost:g} for an inadmissible action (ours; not in the papers).")
+    if config.reward.kind == "score":
+        said.append("Training paid the score, not success (ours; the papers pay success only).")
+    if "reflection" in algorithms:
+        said.append("reflection is our reading: the paper does not define it.")
+    if config.model.name == "nano":
+        said.append("nano says nothing about larger models; its shipped weights have seen judgments in their cold start.")
+    if any(row["after"] and row["iterations"] for row in rows):
+        said.append("Minutes depend on what else the machine did: compare those of one sweep only.")
+    return said
+
+
+def write(recipe: Recipe, root: Path) -> str:
+    """Make the tables: ROOT/NAME.md and ROOT/NAME.json; returns the text."""
+    rows = table(recipe, root)
+    notes = {s.get("environment_note", "") for run in plan(recipe, root) if (s := run.summary())}
+    text = markdown(recipe, rows, "; ".join(sorted(filter(None, notes))))
+    root.mkdir(parents=True, exist_ok=True)
+    (root / f"{recipe.name}.md").write_text(text, encoding="utf-8")
+    (root / f"{recipe.name}.json").write_text(json.dumps({"recipe": recipe.model_dump(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    return text

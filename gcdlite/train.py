@@ -13,7 +13,7 @@ from typing import Any
 from gcdlite import advantages, checkpoint, coupling, envs, plan
 from gcdlite.advantages import TokenRows
 from gcdlite.coldstart import require_tag_data
-from gcdlite.config import ALGO_FIELDS, Config
+from gcdlite.config import ALGO_FIELDS, Config, threads
 from gcdlite.critic import Critic
 from gcdlite.envs import closing
 from gcdlite.envs.base import Pool
@@ -28,6 +28,10 @@ from gcdlite.records import Group, Sample, Task
 from gcdlite.rollout import collect
 from gcdlite.runlog import Listener, RunLog
 from gcdlite.update import make_optimizer, update
+
+
+# What summary.json keeps of an evaluation beside success and the judge's accuracy.
+SUMMARISED = ("low", "high", "n", "judge_n", "turns", "malformed", "inadmissible", "repeated", "looped", "response_tokens", "errors")
 
 
 def train(config: Config, folder: Path, listeners: Sequence[Listener] = (), resume: bool = False) -> dict[str, Any]:
@@ -256,7 +260,7 @@ class Clock:
 
 
 def summarise(config: Config, log: RunLog, training_seconds: float, wall_seconds: float, note: str = "") -> dict[str, Any]:
-    """`summary.json`: success before and after on every level with 95 % intervals, and what the run was."""
+    """`summary.json`: success and behaviour before and after on every level, and what the run was."""
     events = log.events()
     evals = [e for e in events if e["phase"] == "eval"]
     steps = [e for e in events if e["phase"] == "train"]
@@ -265,9 +269,8 @@ def summarise(config: Config, log: RunLog, training_seconds: float, wall_seconds
         for when, event in (("before", evals[0] if len(evals) > 1 and evals[0]["iteration"] == 0 else None), ("after", evals[-1] if evals else None)):
             if event:
                 name = f"eval/{level}"
-                keys = {"success": name, "low": f"{name}/low", "high": f"{name}/high", "n": f"{name}/n", "judge": f"{name}/judge_balanced_accuracy"}
+                keys = {"success": name, "judge": f"{name}/judge_balanced_accuracy"} | {key: f"{name}/{key}" for key in SUMMARISED}
                 levels.setdefault(level, {})[when] = {k: event.get(v) for k, v in keys.items()}
-                levels[level][when]["errors"] = event.get(f"{name}/errors")
     summary = {
         "environment": config.env.name, "environment_note": note, "protocol": config.env.protocol, "model": config.model.name,
         "algorithm": config.algo.name, "gcd": config.gcd.enabled, "labeller": config.gcd.labeller if config.gcd.enabled else None,
@@ -276,7 +279,7 @@ def summarise(config: Config, log: RunLog, training_seconds: float, wall_seconds
         "inadmissible_cost": config.reward.inadmissible * config.reward.success, "reward": config.reward.kind, "levels": levels,
         "training_success_first": steps[0]["rollout/success"] if steps else None,
         "training_success_last": steps[-1]["rollout/success"] if steps else None,
-        "training_seconds": round(training_seconds, 1), "wall_seconds": round(wall_seconds, 1),
+        "training_seconds": round(training_seconds, 1), "wall_seconds": round(wall_seconds, 1), "threads": threads(config),
     }  # fmt: skip
     (log.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary

@@ -213,7 +213,7 @@ def test_an_interrupted_run_goes_on_is_evaluated_and_watched(a_run, capsys):
     assert "finished 1 iterations already" not in said
     before = load(a_run / "config.yaml")
 
-    assert run.main(["--resume", "run", "--steps", "2", "eval.limit=3"]) == 0
+    assert run.main(["--resume", "run", "--steps", "2", "eval.limit=3", "threads=1"]) == 0
     out = capsys.readouterr().out
     assert "iteration 2/2" in out and "iteration 1/2" not in out and "upper bound" in out
     assert [(e["iteration"], e["phase"]) for e in read_lines(a_run / "events.jsonl")] == [
@@ -222,7 +222,7 @@ def test_an_interrupted_run_goes_on_is_evaluated_and_watched(a_run, capsys):
         (2, "train"),
         (2, "eval"),
     ]
-    before.steps, before.eval.limit = 2, 3
+    before.steps, before.eval.limit, before.threads = 2, 3, 1
     assert load(a_run / "config.yaml") == before
     assert "--steps 1: this run has finished 2" in refused(capsys, "--resume", "run", "--steps", "1")
 

@@ -24,10 +24,9 @@ from gcdlite.evaluate import wilson
 from gcdlite.gcd.labels import label
 from gcdlite.policy import Policy
 from gcdlite.records import Episode, Turn, UserError
-from gcdlite.rollout import HARMLESS
+from gcdlite.rollout import HARMLESS, looped, repeated
 from gcdlite.runlog import episode_text
 
-LOOPS = (2, 3, 4)  # lengths of a loop
 HIGH = 0.5  # consistency that counts as high: 5 of 10 resamples (old paper, Fig. 1)
 FAILURES = 6  # lost episodes written down
 
@@ -37,21 +36,6 @@ def check(options: Options) -> None:
     gather.two_levels(options.levels)
     if options.classes == "episodes":
         raise UserError("--classes episodes: behaviour labels single turns; give a labeller: rules, oracle")
-
-
-def repeated(actions: Sequence[str]) -> list[bool]:
-    """Which actions are the same as the one before. a a b -> no, yes, no"""
-    return [i > 0 and a == actions[i - 1] for i, a in enumerate(actions)]
-
-
-def looped(actions: Sequence[str]) -> list[bool]:
-    """Which actions end two rounds of the same 2 to 4 actions. a b a b c -> no, no, no, yes, no
-
-    An action taken four times in a row is a loop of two, too, so repeated and looped turns overlap.
-    """
-    return [
-        any(i + 1 >= 2 * m and actions[i + 1 - m : i + 1] == actions[i + 1 - 2 * m : i + 1 - m] for m in LOOPS) for i in range(len(actions))
-    ]
 
 
 def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, config: Config, output: Output) -> list[dict[str, Any]]:
