@@ -146,7 +146,7 @@ def train(args: argparse.Namespace, faults: list[str]) -> int:
     api.check(config)
     if not args.resume:
         runlog.check_free(folder)
-    games = envs.describe(config)
+    games = envs.describe(config, folder if args.resume else None)
     prepare(config)
 
     from rich.console import Console
@@ -202,15 +202,17 @@ def evaluate(args: argparse.Namespace, faults: list[str]) -> int:
 
     from gcdlite import envs
     from gcdlite.evaluate import evaluate as measure
+    from gcdlite.plan import fit
     from gcdlite.policy import Policy
     from gcdlite.view.dashboard import evaluation_table
 
     adapter, which = newest_adapter(folder)
     print(f"evaluating {which} of {folder} on {', '.join(config.eval.levels)}", flush=True)
     metrics: dict[str, Any] = {}
-    with envs.closing(envs.make(config)) as pool:
+    with envs.closing(envs.make(config, folder)) as pool:
         note = pool.note
         policy = Policy(config, adapter=adapter)
+        fit(policy)
         for level in config.eval.levels:
             metrics |= measure(policy, pool, level, config)[0]
     record = {"adapter": which, "time": round(time.time(), 3), "environment": config.env.model_dump(), "settings": config.eval.model_dump(), "note": note}
@@ -235,7 +237,7 @@ def watch(args: argparse.Namespace, faults: list[str]) -> int:
     from gcdlite.view.transcript import Follower
 
     adapter, which = newest_adapter(folder)
-    with envs.closing(envs.make(config)) as pool:
+    with envs.closing(envs.make(config, folder)) as pool:
         tasks = pool.tasks(args.level)
         if not 0 <= args.task < len(tasks):
             raise UserError(f"--task {args.task}: {args.level} has the games 0 to {len(tasks) - 1}")
@@ -277,16 +279,18 @@ def labels(args: argparse.Namespace, faults: list[str]) -> int:
 
     from gcdlite import envs
     from gcdlite.agreement import measure
-    from gcdlite.envs.alfworld.games import data_root
+    from gcdlite.plan import fit
     from gcdlite.policy import Policy
     from gcdlite.view.dashboard import labeller_table
 
     adapter, which = newest_adapter(folder) if is_run else (None, "the model as it is")
-    games = "generated" if data_root(config.env.data)[0] is None else "on disk"
-    print(f"{which} of {args.source} plays {args.games or 'all'} games of {args.level} ({games})", flush=True)
     config.gcd.ask = args.turns
-    with envs.closing(envs.make(config)) as pool:
-        rows, stats = measure(Policy(config, adapter=adapter), pool, config, names, args.level, args.games, api)
+    with envs.closing(envs.make(config, folder if is_run else None)) as pool:
+        games = pool.note
+        print(f"{which} of {args.source} plays {args.games or 'all'} games of {args.level} ({games})", flush=True)
+        policy = Policy(config, adapter=adapter)
+        fit(policy)
+        rows, stats = measure(policy, pool, config, names, args.level, args.games, api)
     about = {"command": " ".join(["python", *sys.argv]), "source": args.source, "adapter": which, "level": args.level, "games_are": games}
     about |= {"protocol": config.env.protocol, "seed": config.seed, "votes": config.gcd.votes, "agree": config.gcd.agree}
     record = about | stats | {"rows": rows}

@@ -25,7 +25,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads must not 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here comes from a hub
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+HERE = Path(__file__).resolve().parent
+sys.path.sort(key=str(HERE).__eq__)  # this folder comes last: a script in it is called like ScienceWorld's package
+sys.path.insert(0, str(HERE.parent))
 
 from gcdlite.config import Config, find_config, load
 from gcdlite.envs.base import Pool
@@ -69,6 +71,18 @@ def play(config: Config):
     return policy, groups
 
 
+def command(seen: Observation, dice: random.Random) -> str:
+    """A random command. On ScienceWorld no focus, which would end the episode, and no long wait."""
+    if seen.objects is None:
+        return dice.choice([c for c in seen.admissible if c != "help"])
+    if not seen.objects:
+        return "0"
+    form = dice.choice([f for f in seen.admissible if not f.startswith(("focus", "wait"))])
+    while "OBJ" in form:
+        form = form.replace("OBJ", dice.choice(seen.objects), 1)
+    return form
+
+
 class FixedEpisodes:
     """A pool whose episodes are the same whoever plays them: a random walk takes the place of the actions that it is
     sent, one walk a place and game, and no episode ends.
@@ -78,7 +92,7 @@ class FixedEpisodes:
 
     def __init__(self, pool: Pool, extra: str = ""):
         self.pool, self.extra = pool, extra
-        self.capacity, self.note = pool.capacity, pool.note
+        self.capacity, self.slow, self.note = pool.capacity, pool.slow, pool.note
 
     def reset(self, tasks: Sequence[Task]) -> list[Observation]:
         self.dice = [random.Random(f"{task.id} {place}") for place, task in enumerate(tasks)]
@@ -86,9 +100,10 @@ class FixedEpisodes:
         return [self._shown(o, dice) for o, dice in zip(self.last, self.dice)]
 
     def step(self, actions: Sequence[str | None]) -> list[Observation | None]:
-        walk = [dice.choice([c for c in o.admissible if c != "help"]) for o, dice in zip(self.last, self.dice)]
-        self.last = self.pool.step(walk)
-        return [self._shown(o, dice) for o, dice in zip(self.last, self.dice)]
+        idle = [a is None for a in actions]
+        answers = self.pool.step([None if rests else command(o, dice) for rests, o, dice in zip(idle, self.last, self.dice)])
+        self.last = [before if rests else o for rests, before, o in zip(idle, self.last, answers)]
+        return [None if rests else self._shown(o, dice) for rests, o, dice in zip(idle, self.last, self.dice)]
 
     def _shown(self, observation: Observation, dice: random.Random) -> Observation:
         """Without an end, and with so many of the extra words, in an order of their own (nothing to share)."""

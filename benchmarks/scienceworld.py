@@ -24,14 +24,14 @@ import time
 from pathlib import Path
 from statistics import median
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # in place of this folder: this file is called like the simulator
+from common import command  # first: it sees to it that the simulator is found, though this file is called like it
 
 from gcdlite import envs
 from gcdlite.config import check
 from gcdlite.envs.scienceworld.game import Game
 from gcdlite.envs.scienceworld.jvm import Jvm, java_path
 from gcdlite.envs.scienceworld.levels import VARIATIONS, make_task, split_path
-from gcdlite.records import Observation, UserError
+from gcdlite.records import UserError
 
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -54,16 +54,6 @@ class Clock:
 
     def read(self) -> tuple[float, float]:
         return java_seconds(self.pid) - self.java + time.process_time() - self.own, time.perf_counter() - self.wall
-
-
-def command(seen: Observation, dice: random.Random) -> str:
-    """A random command of the prompt's; no focus, which would end the episode, and no long wait."""
-    if not seen.objects:
-        return "0"
-    form = dice.choice([f for f in seen.admissible if not f.startswith(("focus", "wait"))])
-    while "OBJ" in form:
-        form = form.replace("OBJ", dice.choice(seen.objects), 1)
-    return form
 
 
 def compare(tasks: list, warm: int, steps: int, seed: int) -> dict:

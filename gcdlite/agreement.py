@@ -17,7 +17,7 @@ from gcdlite.gcd.api import Api
 from gcdlite.gcd.labels import label
 from gcdlite.policy import Policy
 from gcdlite.records import LabelledTurn, Turn
-from gcdlite.rollout import play
+from gcdlite.rollout import play, sound
 
 Row = dict[str, Any]
 NAMES = {1: "good", 0: "bad"}
@@ -33,8 +33,8 @@ def measure(
     """
     tasks = stratified(pool.tasks(level), games) if games else pool.tasks(level)
     rng, dice = torch.Generator().manual_seed(config.seed), random.Random(config.seed)
-    episodes = play(policy, pool, tasks, config, rng, config.rollout.temperature)
-    rate = sum(e.won for e in episodes) / len(episodes)
+    episodes = sound(play(policy, pool, tasks, config, rng, config.rollout.temperature))
+    rate = sum(e.won for e in episodes) / max(1, len(episodes))
     asked = votes.voters("+".join(labellers))
     places = votes.draw(episodes, config.gcd.ask, dice) if asked else []
     voted, stats = votes.ask(episodes, places, asked, config, policy=policy, api=api, success_rate=rate, rng=rng)

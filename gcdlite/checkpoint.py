@@ -14,7 +14,7 @@ import torch
 
 from gcdlite.critic import Critic
 from gcdlite.gcd.api import Spent
-from gcdlite.policy import Policy
+from gcdlite.policy import Policy, adapter_weights
 from gcdlite.records import LabelledTurn, Note, Suggestion, UserError
 
 KEPT = 2  # checkpoints on disk: if the newest is damaged, one is left
@@ -120,6 +120,7 @@ def latest(folder: Path) -> Path:
     for path in reversed(found(folder)):
         try:
             read_state(path)
+            adapter_weights(path / "adapter")
             return path
         except UserError:
             print(f"checkpoint {path} is damaged; trying the one before")

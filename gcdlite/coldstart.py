@@ -33,9 +33,10 @@ from gcdlite.envs.alfworld.experts import Expert, Goal, Prior, type_of
 from gcdlite.envs.alfworld.games import IN_DOMAIN, OUT_OF_DOMAIN, find_games
 from gcdlite.envs.scienceworld.experts import Lesson, Lessons
 from gcdlite.gcd.labels import verdict
+from gcdlite.gcd.suggest import MISTAKES
 from gcdlite.nano import build_model, build_tokenizer
 from gcdlite.policy import Policy, load_tokenizer, resolve
-from gcdlite.records import Task, UserError
+from gcdlite.records import Suggestion, Task, UserError
 
 MADE = "made.json"  # how weights were made, in their folder
 SHORT_LIST = 6  # commands listed in nano's first lessons
@@ -82,7 +83,7 @@ def explain(action: str, thing: str) -> str:
         return f"need {thing}. look in {' '.join(words[2:])}."
     if words[0] == "take" and " from " in action:
         item, place = action[5:].split(" from ", 1)
-        return f"{item} is on {place}. take it."
+        return f"need {type_of(item)}. {item} is on {place}. take it."
     if words[0] == "open":
         return f"need {thing}. {action[5:]} is closed, open it."
     if words[0] in ("move", "put", "heat", "clean", "cool", "use"):
@@ -90,11 +91,19 @@ def explain(action: str, thing: str) -> str:
     return "look closer."
 
 
-def deviation(admissible: Sequence[str], last: str | None, rng: random.Random) -> str:
-    """Something an expert would not do: any admissible command, the last one again, or one that does not work here."""
+def deviation(admissible: Sequence[str], last: str | None, rng: random.Random, thing: str | None = None) -> str:
+    """Something an expert would not do: any admissible command, the last one again, or one that does not work here.
+
+    With `thing`, what the task seeks, it is often what a small model gets wrong by itself: taking the thing where it is
+    not, or going where it stands. Lessons have to show what comes after that, or one such turn repeats for ever (LOG.md).
+    """
     draw = rng.random()
     if last and draw < 0.15:
         return last
+    if thing and draw > 0.7:
+        here = [c[8:] for c in admissible if c.startswith("examine ")] or [c[6:] for c in admissible if c.startswith("go to ")]
+        place = rng.choice(here) if here else "shelf 1"
+        return f"go to {place}" if draw > 0.9 else f"take {thing} {rng.randint(1, 3)} from {place}"
     if draw < 0.35:
         verb, *rest = rng.choice(admissible).split(" ", 1)
         other = rng.choice(admissible).split(" ", 1)
@@ -103,12 +112,14 @@ def deviation(admissible: Sequence[str], last: str | None, rng: random.Random) -
 
 
 def expert_examples(
-    tasks: Iterable[Task], prior: Prior, style: Style, rng: random.Random, *, deviate: float = 0.0, judge: float = 0.0
+    tasks: Iterable[Task], prior: Prior, style: Style, rng: random.Random, *, deviate: float = 0.0, judge: float = 0.0, hints: float = 0.0
 ) -> Iterable[Example]:
     """Play games and write down what the expert would do at every turn, also where play has left its way.
 
     `deviate` is the chance that a turn plays something else than what the expert says (the label stays the expert's),
-    `judge` the chance that a turn also becomes an example of the style's variant, as a rule a judgment, labelled by the oracle.
+    `judge` the chance that a turn also becomes an example of the style's variant, as a rule a judgment, labelled by the
+    oracle, `hints` the chance that an episode's prompts show some of our golden rules, so that a block of suggestions is
+    nothing new in training.
     """
     for task in tasks:
         game = Game(task.path, plan=judge > 0)
@@ -116,6 +127,7 @@ def expert_examples(
         description, text = split_intro(seen.text)
         expert = Expert(description, prior, style.history)
         wild = rng.random() * 2 * deviate  # some episodes go nearly straight, others are a mess
+        rules = rng.sample(list(MISTAKES.values()), rng.randint(1, 5)) if hints and rng.random() < hints else []
         last, failed, tried = None, False, set()
         for taken in range(style.max_turns):
             history = expert.pairs[-style.history :] if style.history else []
@@ -124,13 +136,16 @@ def expert_examples(
             if tag == "planning" and not taken:
                 thought = f"{outline(expert.goal)} {thought}"
             listed = style.listed(seen.admissible, command, rng)
-            prompt = prompts.turn_prompt(style.prompt, description, taken, history, text, listed, tags=style.tags)
+            bare, prompt = (
+                prompts.turn_prompt(style.prompt, description, taken, history, text, listed, Suggestion(rules=block).text, style.tags)
+                for block in ([], rules)
+            )
             yield Example(prompt, prompts.answer(thought, command, tag), "expert")
             if judge and rng.random() < judge:
-                judged = judgment_example(game, seen, prompt, thought, command, expert.goal.obj, last, style, rng, tag)
+                judged = judgment_example(game, seen, bare, thought, command, expert.goal.obj, last, style, rng, tag)
                 if judged:
                     yield judged
-            action = deviation(seen.admissible, last, rng) if rng.random() < wild else command
+            action = deviation(seen.admissible, last, rng, expert.goal.obj) if rng.random() < wild else command
             expert.remember(text, action)
             failed = action not in seen.admissible
             tried.add(action)
@@ -419,7 +434,7 @@ def _expert_lessons(config: Config, tasks: Sequence[Task], prior: Prior, dice: r
     """The cold start's examples: `trajectories` expert episodes, and the variant's examples from other games."""
     cfg, style = config.coldstart, _style(config)
     chosen = [dice.choice(tasks) for _ in range(cfg.trajectories)]
-    examples = list(expert_examples(chosen, prior, style, dice, deviate=cfg.deviate))
+    examples = list(expert_examples(chosen, prior, style, dice, deviate=cfg.deviate, hints=cfg.hints))
     judged = (e for e in expert_examples(laps(tasks, dice), prior, style, dice, deviate=0.3, judge=0.3) if e.kind != "expert")
     return examples + list(islice(judged, 0 if cfg.variant == "vanilla" else cfg.judgments))
 

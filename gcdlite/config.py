@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from gcdlite.records import UserError
 
@@ -33,13 +33,13 @@ class Section(BaseModel):
 class Env(Section):
     name: Literal["alfworld", "scienceworld"] = Field("alfworld", description="the environment")
     engine: Literal["own", "genuine"] = Field("own", description="our ALFWorld engine, or TextWorld's in worker processes")
-    data: str | None = Field(None, description="folder that holds json_2.1.1; unset: ALFWORLD_DATA, alfworld's default folder, else generated games")
+    data: str | None = Field(None, description="folder that holds json_2.1.1, or `generated`; unset: ALFWORLD_DATA, alfworld's default folder, else generated games")
     protocol: Literal["single", "rlvmr"] = Field("single", description="which task types are trained on and evaluated (docs/metrics.md)")
     generated: Positive = Field(2000, description="games to generate when there is no data folder")
     generated_seed: NonNegative = Field(1, description="seed of the generated games")
     max_turns: Positive = Field(30, description="turns an episode may take; our counter decides, not the engine's")
     history_length: NonNegative | Literal["full"] = Field(2, description="earlier (observation, action) pairs in the prompt")
-    workers: NonNegative = Field(0, description="calls of the genuine engine at the same time (it has a process an episode, about 100 MB each); 0: twice the cores")
+    workers: NonNegative = Field(0, description="calls of the genuine engine at the same time (it has a process an episode, about 100 MB each, and half of the memory for them); 0: twice the cores")
     timeout: Annotated[float, Field(gt=0)] = Field(60.0, description="seconds before a call of a slow engine counts as hung")
     jvms: NonNegative = Field(0, description="ScienceWorld: Java machines, one for each episode at a time (up to 400 MB each); 0: from cores and memory")
     simplification: Literal["none", "easy"] = Field("none", description="ScienceWorld: `easy` teleports, opens doors and containers, waters pots, and has no wiring")
@@ -76,7 +76,7 @@ class Reward(Section):
     kind: Literal["success", "score"] = Field("success", description="R is all or nothing, or ScienceWorld's score as a share of 100 (a failure gets 0)")
     success: Annotated[float, Field(gt=0)] = Field(1.0, description="R of a won episode; a lost one gets 0")
     malformed: Rate = Field(0.01, description="cost of a malformed turn, as a share of reward.success")
-    inadmissible: Rate = Field(0.0, description="cost of a well-formed action that the engine does not admit (ours; 0 in the papers)")
+    inadmissible: Rate = Field(0.0, description="cost of a well-formed action that the engine does not admit, as a share of reward.success (ours; 0 in the papers)")
 
 
 # Which fields of `algo` each algorithm reads.
@@ -214,6 +214,11 @@ class Eval(Section):
     judge_turns: NonNegative = Field(64, description="oracle-labelled turns a level on which the judge is measured; 0: none")
     before: bool = Field(True, description="evaluate before training, too")
 
+    @field_validator("levels", mode="before")
+    @classmethod
+    def _names_with_commas(cls, value: Any) -> Any:
+        return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
 
 class Checkpoint(Section):
     keep_every: NonNegative = Field(0, description="iterations between adapters kept for good in DIR/adapters, for analyses over training; 0: none")
@@ -226,6 +231,7 @@ class Coldstart(Section):
     trajectories: Positive = Field(200, description="expert episodes shown")
     judgments: NonNegative = Field(100, description="examples of the variant beside them: judgments, observations to predict, or labelled turns")
     deviate: Share = Field(0.1, description="chance that a turn plays something else than the expert says; its label stays the expert's")
+    hints: Share = Field(0.0, description="share of the expert episodes whose prompts show golden rules (ALFWorld's)")
     epochs: Positive = Field(5, description="passes over the examples")
     lr: Annotated[float, Field(gt=0)] = Field(1e-4, description="learning rate (LoRA); cosine to 5 % of it")
     batch_tokens: Positive = Field(4096, description="tokens in a batch, padding included")

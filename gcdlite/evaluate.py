@@ -17,7 +17,7 @@ from gcdlite.gcd import value
 from gcdlite.gcd.labels import label
 from gcdlite.policy import Policy
 from gcdlite.records import Episode
-from gcdlite.rollout import metrics, play
+from gcdlite.rollout import metrics, play, sound
 
 
 def wilson(wins: int, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -37,8 +37,9 @@ def evaluate(policy: Policy, pool: Pool, level: str, config: Config, batch: int 
     """(metrics `eval/<level>…`, episodes) of one level.
 
     `eval/L0` is the share of won games, `/low` and `/high` its Wilson interval, `/n` their number, `/type/<type>` the
-    share by task type. With `eval.judge_turns` the policy judges that many of its own turns, half of them good and
-    half bad by the oracle, greedily, or its value head does. Nothing here touches the training's random states.
+    share by task type; an episode whose environment failed counts in `/errors` only. With `eval.judge_turns` the policy
+    judges that many of its own turns, half of them good and half bad by the oracle, greedily, or its value head does.
+    Nothing here touches the training's random states.
     """
     tasks = pool.tasks(level)
     if config.eval.limit:
@@ -48,12 +49,12 @@ def evaluate(policy: Policy, pool: Pool, level: str, config: Config, batch: int 
     for start in range(0, len(tasks), batch):
         episodes += play(policy, pool, tasks[start : start + batch], config, rng, config.eval.temperature)
     name = f"eval/{level}"
-    out = success(name, episodes)
+    out = success(name, sound(episodes))
     played = metrics(episodes, 0.0)
     for key in ("turns", "malformed", "inadmissible", "repeated", "response_tokens", "errors"):
         out[f"{name}/{key}"] = played[f"rollout/{key}"]
     if config.eval.judge_turns:
-        targets = judging.select(label(episodes, "oracle"), [], config.eval.judge_turns, random.Random(config.seed))
+        targets = judging.select(label(sound(episodes), "oracle"), [], config.eval.judge_turns, random.Random(config.seed))
         if policy.value_head:
             judgments = value.classify(policy, targets)
         else:

@@ -12,9 +12,12 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from gcdlite import prompts
+
 VOCABULARY = 1152
 USER, ASSISTANT, END, PAD = "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
 TAGS = ["<think>", "</think>", "<action>", "</action>", "<advice>", "</advice>", "\\boxed{0}", "\\boxed{1}"]
+TAGS += [f"<{end}{tag}>" for tag in prompts.TAGS for end in ("", "/")]
 TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}"
     + ASSISTANT + "{{ message['content'] }}" + END

@@ -10,13 +10,14 @@ import gc
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
 
@@ -170,6 +171,8 @@ class Policy:
         """Write the trained adapter so that `PeftModel.from_pretrained(base, folder)` loads it, and the value head."""
         self.model.save_pretrained(folder, selected_adapters=["default"])
         if self.value_head:
+            from safetensors.torch import save_file
+
             save_file(self.value_head.state_dict(), folder / HEAD)
 
 
@@ -189,7 +192,7 @@ def resolve(name: str) -> str:
     """A model's folder or hub id. `nano` and `smollm2` are known by name. Raises UserError when nothing is there."""
     if name == "nano":
         if not (NANO / "model.safetensors").is_file():
-            raise UserError(f"the nano weights are missing from {NANO}; reinstall gcdlite, or make them: python run.py coldstart --config nano coldstart.from_scratch=true")
+            raise UserError(f"the nano weights are missing from {NANO}; reinstall gcdlite, or make them: python run.py coldstart --config nano coldstart.from_scratch=true --out DIR, then --model DIR/model")
         return str(NANO)
     if name == "smollm2":
         return str(smollm2())
@@ -244,7 +247,7 @@ def load_tokenizer(folder: str):
     """The tokenizer, with a pad token that is not its end token. Raises UserError without a chat template."""
     try:
         tokenizer = _own_class(folder).from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 - the tokenizers library raises nothing more special for a damaged file
         raise UserError(_not_loaded(folder, error)) from None
     if not tokenizer.chat_template:
         raise UserError(f"the model {folder!r} has no chat template; take its instruct version, or add chat_template.jinja to its folder")
@@ -278,6 +281,8 @@ def _load_base(folder: str, config: Config, device: torch.device):
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(_not_loaded(folder, error)) from None
+    except SafetensorError as error:
+        raise UserError(f"the weights of {folder!r} are damaged ({error}): copy, make or download them again") from None
     except torch.OutOfMemoryError:
         raise UserError(f"the weights of {folder!r} alone exceed this GPU's memory; `python run.py plan` says what fits") from None
     if config.model.quantization != "nf4":
@@ -306,30 +311,53 @@ def _with_adapter(base, config: Config) -> PeftModel:
     try:
         model = PeftModel.from_pretrained(base, folder, is_trainable=True)
         model.load_adapter(folder, adapter_name="reference", is_trainable=False)
+    except SafetensorError as error:
+        raise UserError(f"the adapter {str(folder)!r} is damaged ({error}): copy or make it again") from None
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"the adapter {str(folder)!r} does not fit {config.model.name}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"the adapter {str(folder)!r} does not fit {config.model.name}: {_brief(error)}") from None
     model.set_adapter("default")
     return model
 
 
+def adapter_weights(folder: Path, file: str = "adapter_model.safetensors") -> dict[str, torch.Tensor]:
+    """The tensors of a saved adapter, or of its value head. Raises UserError when the file is missing or damaged."""
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(folder / file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"the adapter in {folder} cannot be read ({error}): copy it again, or take another checkpoint's") from None
+
+
 def load_adapter_weights(model: PeftModel, folder: Path) -> None:
-    """Put saved weights into the adapter `default`, in place, so that an optimizer's references stay good."""
+    """Put saved weights into the adapter `default`, in place, so that an optimizer's references stay good.
+
+    Raises UserError when they are missing, damaged, or another model's.
+    """
     from peft import set_peft_model_state_dict
 
-    result = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"), adapter_name="default")
+    try:
+        result = set_peft_model_state_dict(model, adapter_weights(folder), adapter_name="default")
+    except RuntimeError as error:  # other shapes
+        raise UserError(f"the adapter in {folder} does not fit this model: {_brief(error)}") from None
     if result.unexpected_keys:
         raise UserError(f"the adapter in {folder} does not fit this model: {result.unexpected_keys[0]} is not in it")
 
 
 def _value_head(model: PeftModel, config: Config, adapter: str | Path | None) -> nn.Linear:
-    """Hidden state (…, h) to logit (…, 1), in float32: a checkpoint's head, that of the adapter to start from, or zeros."""
+    """Hidden state (…, h) to logit (…, 1), in float32: a checkpoint's head, that of the adapter to start from, or zeros.
+
+    Raises UserError when a checkpoint has none, or it is damaged or another model's.
+    """
     head = nn.Linear(model.config.get_text_config().hidden_size, 1, device=model.device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
-    if adapter is not None:
-        head.load_state_dict(load_file(Path(adapter) / HEAD))
-    elif config.model.adapter and (Path(config.model.adapter) / HEAD).is_file():
-        head.load_state_dict(load_file(Path(config.model.adapter) / HEAD))
+    start = adapter if adapter is not None else config.model.adapter
+    if adapter is not None or start and (Path(start) / HEAD).is_file():
+        try:
+            head.load_state_dict(adapter_weights(Path(start), HEAD))
+        except RuntimeError as error:  # other shapes
+            raise UserError(f"the value head in {start} does not fit this model: {_brief(error)}") from None
     return head
 
 
@@ -341,5 +369,13 @@ def _stop_ids(tokenizer, model) -> set[int]:
 
 
 def _not_loaded(folder: str, error: Exception) -> str:
-    first = " ".join(str(error).split())[:200]
-    return f"the model {folder!r} cannot be loaded ({first}); give a local folder, download it first (hf download {folder}), or use --model nano"
+    why = _brief(error)
+    if Path(folder).is_dir():
+        return f"the model in {folder} cannot be loaded ({why}): copy or make it again; it must hold all that save_pretrained writes"
+    return f"the model {folder!r} cannot be loaded ({why}); check its name, download it first (hf download {folder}), or use --model nano"
+
+
+def _brief(error: Exception) -> str:
+    """The first line that says something, without the advice below it, and never half an address."""
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.rstrip().endswith(":")]
+    return textwrap.shorten(lines[0] if lines else type(error).__name__, 200, placeholder=" …")

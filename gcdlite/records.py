@@ -79,14 +79,18 @@ class Episode:
 
 @dataclass
 class Group:
-    """G episodes of one and the same task (GRPO's baseline is their mean)."""
+    """G episodes of one and the same task (GRPO's baseline is their mean).
+
+    An episode that the environment ended says nothing of the policy: it is kept aside, and counts nowhere.
+    """
 
     task: Task
     episodes: list[Episode]
+    failed: list[Episode] = field(default_factory=list)
 
     @property
     def success(self) -> float:
-        return sum(e.won for e in self.episodes) / len(self.episodes)
+        return sum(e.won for e in self.episodes) / max(1, len(self.episodes))
 
 
 @dataclass

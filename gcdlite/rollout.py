@@ -1,9 +1,14 @@
-"""Tasks in, groups of played episodes out: every turn of every unfinished episode is generated in one call."""
+"""Tasks in, groups of played episodes out: a turn of every unfinished episode is generated in one call.
+
+Where the engine is slow, the call is for one half of the episodes, and the engine plays the other half's turn meanwhile.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 
@@ -24,7 +29,10 @@ def collect(
     size = config.rollout.group_size
     start = time.perf_counter()
     episodes = play(policy, pool, [t for t in tasks for _ in range(size)], config, rng, config.rollout.temperature, suggestions)
-    groups = [Group(task, episodes[i * size : (i + 1) * size]) for i, task in enumerate(tasks)]
+    groups = []
+    for i, task in enumerate(tasks):
+        played = episodes[i * size : (i + 1) * size]
+        groups.append(Group(task, sound(played), [e for e in played if e.error is not None]))
     return groups, metrics(episodes, time.perf_counter() - start)
 
 
@@ -43,45 +51,75 @@ def play(
 
     An environment that fails ends its own episode, which keeps the cause in `error` and earns nothing. Where the pool
     has no room for all of them (`capacity`), they are played in turns.
+
+    A slow pool steps one half in the background while the other half generates. The halves take their turns in a fixed
+    order, a step is waited for before the next one begins, and all else happens here, random numbers included: what is
+    played does not depend on who is quicker. However this ends, no step is left running.
     """
     if pool.capacity and len(tasks) > pool.capacity:
         parts = (tasks[start : start + pool.capacity] for start in range(0, len(tasks), pool.capacity))
         return [e for part in parts for e in play(policy, pool, part, config, rng, temperature, suggestions, on_turn)]
-    observations: list[Observation | None] = list(pool.reset(tasks))
-    episodes = [Episode(task, o.description, error=o.error) for task, o in zip(tasks, observations)]
-    while active := [i for i, o in enumerate(observations) if o is not None and not o.done]:
-        turns = [_ask(policy, episodes[i], observations[i], config, suggestions) for i in active]
-        answers = _answers(policy, turns, config, temperature, rng)
-        if config.algo.name == "reflection":  # our reading of the paper's baseline: draft, then criticise and revise
-            for turn, draft in zip(turns, answers):
-                text = prompts.reflect_prompt(config.model.prompt, turn.bare_prompt, policy.decode(draft.ids))
-                turn.prompt_ids = policy.encode(text)
-            answers = _answers(policy, turns, config, temperature, rng)
-        actions: list[str | None] = [None] * len(tasks)
-        for i, turn, answer in zip(active, turns, answers):
-            turn.response_ids, turn.logprobs = answer.ids, answer.logprobs
-            turn.response = policy.decode(answer.ids)
-            if config.algo.tagged:
-                turn.action, turn.malformed, turn.tag = prompts.parse_tagged(turn.response)
-            else:
-                turn.action, turn.malformed = prompts.parse_response(turn.response)
-            turn.action = turn.action or HARMLESS
-            turn.is_admissible = turn.action in turn.admissible
-            actions[i] = turn.action
-        results = pool.step(actions)
-        for i, turn in zip(active, turns):
-            episode, after = episodes[i], results[i]
-            episode.turns.append(turn)
-            turn.result, turn.plan_after, turn.revealed = after.text, after.plan, after.revealed
-            if after.understood is not None:  # a list of forms cannot tell
-                turn.is_admissible = after.understood
-            episode.won, episode.score, episode.error = after.won, after.score, after.error
-            observations[i] = None if len(episode.turns) >= config.env.max_turns else after
-            on_turn(episode)
+    opening = pool.reset(tasks)
+    episodes = [Episode(task, o.description, error=o.error) for task, o in zip(tasks, opening)]
+    observations = [None if o.done else o for o in opening]  # None: the episode has ended
+    half, other = _halves(tasks, pool.slow)
+    waiting: dict[int, Turn] = {}  # turns of the other half, by episode, that the environment has not answered yet
+    with ThreadPoolExecutor(max_workers=1) as background:  # to leave it is to wait for its step
+        while any(observations):
+            active = [i for i in half if observations[i]]
+            turns = [_ask(policy, episodes[i], observations[i], config, suggestions) for i in active]
+            if turns:
+                _act(policy, turns, config, temperature, rng)
+            results = answer() if waiting else []
+            for i, turn in waiting.items():
+                episode, after = episodes[i], results[i]
+                episode.turns.append(turn)
+                turn.result, turn.plan_after, turn.revealed = after.text, after.plan, after.revealed
+                if after.understood is not None:  # a list of forms cannot tell
+                    turn.is_admissible = after.understood
+                episode.won, episode.score, episode.error = after.won, after.score, after.error
+                observations[i] = None if after.done or len(episode.turns) >= config.env.max_turns else after
+                on_turn(episode)
+            waiting = dict(zip(active, turns))
+            half, other = other, half
+            if waiting:
+                step = partial(pool.step, [waiting[i].action if i in waiting else None for i in range(len(tasks))])
+                answer = background.submit(step).result if half else step  # nothing to do meanwhile: step here, next
     for episode in episodes:
         share = max(0.0, episode.score) / 100 if config.reward.kind == "score" else float(episode.won)
         episode.reward = 0.0 if episode.error else config.reward.success * share
     return episodes
+
+
+def _halves(tasks: Sequence[Task], slow: bool) -> tuple[range, range]:
+    """The places of either half. They meet between two groups, whose members share prompts that are computed once only
+    in one call; so a lone group has an empty second half, as everything has on an engine that is not worth smaller calls.
+
+    >>> _halves("aaabbbcc", slow=True), _halves("aaabbbcc", slow=False), _halves("aaa", slow=True)
+    ((range(0, 3), range(3, 8)), (range(0, 8), range(8, 8)), (range(0, 3), range(3, 3)))
+    """
+    between = [i for i in range(1, len(tasks)) if tasks[i] != tasks[i - 1]] if slow else []
+    cut = min(between, key=lambda i: abs(2 * i - len(tasks)), default=len(tasks))
+    return range(cut), range(cut, len(tasks))
+
+
+def _act(policy: Policy, turns: Sequence[Turn], config: Config, temperature: float, rng: torch.Generator) -> None:
+    """Let the policy answer the turns' prompts, and read its actions."""
+    answers = _answers(policy, turns, config, temperature, rng)
+    if config.algo.name == "reflection":  # our reading of the paper's baseline: draft, then criticise and revise
+        for turn, draft in zip(turns, answers):
+            text = prompts.reflect_prompt(config.model.prompt, turn.bare_prompt, policy.decode(draft.ids))
+            turn.prompt_ids = policy.encode(text)
+        answers = _answers(policy, turns, config, temperature, rng)
+    for turn, answer in zip(turns, answers):
+        turn.response_ids, turn.logprobs = answer.ids, answer.logprobs
+        turn.response = policy.decode(answer.ids)
+        if config.algo.tagged:
+            turn.action, turn.malformed, turn.tag = prompts.parse_tagged(turn.response)
+        else:
+            turn.action, turn.malformed = prompts.parse_response(turn.response)
+        turn.action = turn.action or HARMLESS
+        turn.is_admissible = turn.action in turn.admissible
 
 
 def _answers(policy: Policy, turns: Sequence[Turn], config: Config, temperature: float, rng: torch.Generator) -> list[Completion]:
@@ -124,19 +162,27 @@ def _ask(policy: Policy, episode: Episode, observation: Observation, config: Con
     )
 
 
+def sound(episodes: Sequence[Episode]) -> list[Episode]:
+    """Without the episodes that their environment ended by failing: those say nothing of the policy."""
+    return [e for e in episodes if e.error is None]
+
+
 def metrics(episodes: Sequence[Episode], seconds: float) -> dict[str, float]:
-    """What the run log says of played episodes. Shares are over turns, `turns` is the mean over episodes."""
+    """What the run log says of played episodes. Shares are over turns, `turns` is the mean over episodes. Those whose
+    environment failed are counted in `errors`, and left out of all else but the speed."""
+    failed, episodes = [e for e in episodes if e.error is not None], sound(episodes)
     turns = [t for e in episodes for t in e.turns]
     n = max(1, len(turns))
     generated = sum(len(t.response_ids) for t in turns)
+    lost = sum(len(t.response_ids) for e in failed for t in e.turns)
     return {
-        "rollout/success": sum(e.won for e in episodes) / len(episodes),
-        "rollout/turns": len(turns) / len(episodes),
+        "rollout/success": sum(e.won for e in episodes) / max(1, len(episodes)),
+        "rollout/turns": len(turns) / max(1, len(episodes)),
         "rollout/malformed": sum(t.malformed for t in turns) / n,
         "rollout/inadmissible": sum(not t.is_admissible for t in turns) / n,
         "rollout/repeated": sum(a.action == b.action for e in episodes for a, b in zip(e.turns, e.turns[1:])) / n,
         "rollout/response_tokens": generated / n,
         "rollout/prompt_tokens": sum(len(t.prompt_ids) for t in turns) / n,
-        "rollout/tokens_per_s": generated / seconds if seconds else 0.0,
-        "rollout/errors": sum(e.error is not None for e in episodes),
+        "rollout/tokens_per_s": (generated + lost) / seconds if seconds else 0.0,
+        "rollout/errors": len(failed),
     }

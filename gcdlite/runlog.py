@@ -1,7 +1,7 @@
 """The run folder: settings and environment in, then one event a line. Everything shown to people is read from here.
 
     DIR/config.yaml        every setting in use
-    DIR/environment.json   command, commit, package versions, machine
+    DIR/environment.json   command, commit, package versions, machine, games
     DIR/events.jsonl       {"iteration", "phase", "time", ...metrics}
     DIR/episodes.jsonl     a few episodes of each iteration, as text
     DIR/suggestions.jsonl  every version of the suggestions, with the advice it came from
@@ -43,13 +43,13 @@ class RunLog:
         self._file: IO[str] | None = None  # held open while the folder is ours
 
     @classmethod
-    def create(cls, folder: Path, config: Config, listeners: Iterable[Listener] = ()) -> RunLog:
-        """Begin a new run. Raises UserError when the folder already holds something, or cannot be written."""
+    def create(cls, folder: Path, config: Config, listeners: Iterable[Listener] = (), games: dict[str, Any] | None = None) -> RunLog:
+        """Begin a new run; `games` says which ones it plays. Raises UserError when the folder already holds something, or cannot be written."""
         check_free(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             dump(config, folder / "config.yaml")
-            (folder / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
+            (folder / "environment.json").write_text(json.dumps(environment() | {"games": games}, indent=1) + "\n")
         except OSError as error:
             raise UserError(f"cannot write the output folder {folder}: {error.strerror}; name another with --out") from None
         log = cls(folder, listeners)
@@ -152,6 +152,15 @@ def episode_text(episode: Episode) -> dict[str, Any]:
             for t in episode.turns
         ],
     }
+
+
+def games_of(folder: Path) -> dict[str, Any] | None:
+    """What a run recorded of its games; None where it is too old to have. Raises UserError when the record is damaged."""
+    file = folder / "environment.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8")).get("games") if file.is_file() else None
+    except ValueError:
+        raise UserError(f"{file} is damaged, and says no longer which games the run plays: delete it to take those found here") from None
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:

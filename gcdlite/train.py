@@ -39,7 +39,7 @@ def train(config: Config, folder: Path, listeners: Sequence[Listener] = (), resu
     require_tag_data(config)
     apis.check(config)
     saved = checkpoint.latest(folder) if resume else None
-    with closing(envs.make(config)) as pool:
+    with closing(envs.make(config, folder if resume else None)) as pool:
         train_tasks = pool.tasks("train")
         policy = Policy(config, adapter=saved / "adapter" if saved else None)
         plan.fit(policy)
@@ -47,7 +47,10 @@ def train(config: Config, folder: Path, listeners: Sequence[Listener] = (), resu
         critic = Critic(policy, config) if config.algo.name == "ppo" else None
         state = checkpoint.restore(saved, optimizer, schedule, critic) if saved else checkpoint.State.seeded(config.seed)
         api = apis.Api(config.api, state.spent) if apis.used(config) else None
-        log = RunLog.resume(folder, state.iteration, listeners) if resume else RunLog.create(folder, config, listeners)
+        if resume:
+            log = RunLog.resume(folder, state.iteration, listeners)
+        else:
+            log = RunLog.create(folder, config, listeners, envs.identity(config, train_tasks))
         started = time.perf_counter()
 
         if state.iteration == 0:
@@ -209,11 +212,11 @@ def renew_suggestion(
 
 
 def shown(groups: Sequence[Group]) -> list:
-    """Two episodes worth looking at: one that was won and one that was lost, where there are both."""
+    """Episodes worth looking at: one that was won, one that was lost and one whose environment failed, where there are any."""
     episodes = advantages.all_episodes(groups)
     won = [e for e in episodes if e.won]
     lost = [e for e in episodes if not e.won]
-    return won[:1] + lost[:1]
+    return won[:1] + lost[:1] + [e for g in groups for e in g.failed][:1]
 
 
 def evaluate_when_due(policy: Policy, pool: Pool, config: Config, log: RunLog, iteration: int) -> None:
@@ -227,11 +230,14 @@ def evaluate_when_due(policy: Policy, pool: Pool, config: Config, log: RunLog, i
         return
     clock = Clock(log, iteration)
     metrics: dict[str, float] = {}
+    lost: dict[str, list] = {}
     for level in cfg.levels:
         with clock(f"eval {level}"):
             found, episodes = evaluate(policy, pool, level, config)
         metrics |= found
-        log.episodes(iteration, f"eval {level}", [e for e in episodes if not e.won][:1])
+        lost[level] = [e for e in episodes if not e.won][:1]
+    for level, some in lost.items():  # only now: what is cut off before is done again, and must not be there twice
+        log.episodes(iteration, f"eval {level}", some)
     log.emit(iteration, "eval", metrics | {"time/eval": clock.total})
 
 
@@ -266,13 +272,14 @@ def summarise(config: Config, log: RunLog, training_seconds: float, wall_seconds
                 name = f"eval/{level}"
                 keys = {"success": name, "low": f"{name}/low", "high": f"{name}/high", "n": f"{name}/n", "judge": f"{name}/judge_balanced_accuracy"}
                 levels.setdefault(level, {})[when] = {k: event.get(v) for k, v in keys.items()}
+                levels[level][when]["errors"] = event.get(f"{name}/errors")
     summary = {
         "environment": config.env.name, "environment_note": note, "protocol": config.env.protocol, "model": config.model.name,
         "algorithm": config.algo.name, "gcd": config.gcd.enabled, "labeller": config.gcd.labeller if config.gcd.enabled else None,
         "head": config.gcd.head if config.gcd.enabled else None,
         "suggest_by": config.gcd.suggest_by if config.gcd.suggest else None,
         "seed": config.seed, "steps": config.iterations, "eval_temperature": config.eval.temperature,
-        "inadmissible_cost": config.reward.inadmissible, "reward": config.reward.kind, "levels": levels,
+        "inadmissible_cost": config.reward.inadmissible * config.reward.success, "reward": config.reward.kind, "levels": levels,
         "training_success_first": steps[0]["rollout/success"] if steps else None,
         "training_success_last": steps[-1]["rollout/success"] if steps else None,
         "training_seconds": round(training_seconds, 1), "wall_seconds": round(wall_seconds, 1),

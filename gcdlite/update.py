@@ -106,8 +106,8 @@ def _step(policy, samples, batch, reference, optimizer, config: Config) -> dict[
     stats = {f"loss/{s}": sums[f"loss/{s}"].item() for s in counts}
     if "policy" in counts and reference is not None:
         stats["kl"] = sums["kl"].item() / counts["policy"]
-    if tokens := sum(counts.values()):
-        stats["clip_share"] = sums["clip_share"].item() / tokens
+    if evaluated := sums["evaluated"].item():
+        stats["clip_share"] = sums["clip_share"].item() / evaluated
     return stats | {"grad_norm": norm.item() if finite else float("nan"), "steps_skipped": float(not finite)}
 
 
@@ -150,6 +150,7 @@ def _gradients(policy, samples, batch, reference, config: Config) -> tuple[dict[
             sums["loss/policy"] += (weighted * (1 - is_judgment)).sum()
             sums["loss/judgment"] += (weighted * is_judgment).sum()
             sums["clip_share"] += ((new - old).exp() - 1).abs().gt(cfg.clip).sum()
+            sums["evaluated"] += len(new)
     labelled = [samples[i] for i in batch if samples[i].label is not None]
     if labelled:
         counts["judgment"] = 0

@@ -6,11 +6,12 @@ import random
 import pytest
 import torch
 
-from gcdlite import coldstart, envs, rollout
+from gcdlite import coldstart, envs, prompts, rollout
 from gcdlite import train as loop
 from gcdlite.advantages import ALGORITHMS
 from gcdlite.config import ALGO_FIELDS, UNTRAINED, Algo, check, load
 from gcdlite.envs.alfworld.games import level_tasks
+from gcdlite.gcd import labels
 from gcdlite.gcd.judge import select
 from gcdlite.policy import Policy
 from gcdlite.prompts import TAGS, parse_response, parse_tagged, turn_prompt
@@ -53,6 +54,16 @@ def lucky(monkeypatch):
     monkeypatch.setattr(loop, "collect", rigged)
 
 
+def judging_something(monkeypatch):
+    """Labels and verdicts by the length of what was written: an untrained model takes no good turn and writes no verdict."""
+    by_length = {"oracle": lambda episode, _: {i: len(t.response) % 2 for i, t in enumerate(episode.turns)}}
+    monkeypatch.setattr(labels, "LABELLERS", labels.LABELLERS | by_length)
+    monkeypatch.setattr(prompts, "parse_judgment", lambda text: (len(text) % 2, "", ""))
+    update, seen = loop.update, []
+    monkeypatch.setattr(loop, "update", lambda policy, samples, *rest: seen.extend(samples) or update(policy, samples, *rest))
+    return seen
+
+
 @pytest.mark.parametrize("gcd", [False, True], ids=["alone", "gcd"])
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_each_trains_with_and_without_gcd(tiny, tag_data, monkeypatch, tmp_path, name, gcd):
@@ -60,10 +71,16 @@ def test_each_trains_with_and_without_gcd(tiny, tag_data, monkeypatch, tmp_path,
     if name == "rlvmr":
         tiny.model.adapter = str(tag_data)
     lucky(monkeypatch)
+    samples = judging_something(monkeypatch)
     summary = loop.train(tiny, tmp_path / "run")
     assert summary["algorithm"] == name and summary["gcd"] == gcd
     (event,) = [e for e in read_lines(tmp_path / "run" / "events.jsonl") if e["phase"] == "train"]
     assert event["grad_norm"] > 0 and event["steps_skipped"] == 0 and ("gcd/selected" in event) == gcd
+    judged = [any(s.advantages) for s in samples if s.stream == "judgment"]
+    if gcd:  # as many good as bad turns, three judgments of each; where all three agree there is nothing to learn
+        assert event["gcd/selected"] == 4 and len(judged) == 12 and any(judged) and abs(event["loss/judgment"]) > 1e-7
+    else:
+        assert not judged and "loss/judgment" not in event
     assert ("nthr/damped" in event) == (name == "nthr") and ("loss/value" in event) == (name == "ppo")
     assert any(v.abs().max() > 0 for k, v in adapter_of(tmp_path / "run").items() if "lora_B" in k)
 

@@ -58,6 +58,21 @@ def test_fixed_episodes_are_the_same_whoever_plays(games_root):
     assert any(a != b for a, b in seen[0]), "members of a group must not walk in step"
 
 
+def test_a_fixed_episode_that_rests_goes_on_where_it_was():
+    import common
+    from gcdlite.envs import closing, make
+
+    walks = []
+    for first in ["look", None, "look"], ["look", "look", None]:
+        with closing(make(common.nano())) as pool:
+            fixed = common.FixedEpisodes(pool)
+            fixed.reset(pool.tasks("train")[:1] * 2)
+            pairs = [fixed.step([action, "look"]) for action in first]
+        assert [one is None for one, _ in pairs] == [action is None for action in first] and all(two for _, two in pairs)
+        walks.append([[o.text for o in walk if o] for walk in zip(*pairs)])
+    assert walks[0] == walks[1]
+
+
 def test_overhead_counts_its_proportion():
     import gcd_overhead
 

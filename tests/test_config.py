@@ -37,6 +37,8 @@ def test_a_base_with_a_dot_in_its_name(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "value"), [("update.lr=1e-3", 1e-3), ("update.lr=2", 2.0), ("eval.levels=[L1]", ["L1"]),
+                        ("eval.levels=L0", ["L0"]), ("eval.levels=L0,L2", ["L0", "L2"]), ("eval.levels='L0, L2s'", ["L0", "L2s"]),
+                        ("eval.levels=[]", []),
                         ("gcd.enabled=true", True),
                         ("env.history_length=full", "full"), ("env.history_length=3", 3),
                         ("model.adapter=null", None), ("model.name=a=b", "a=b")]
@@ -44,6 +46,11 @@ def test_a_base_with_a_dot_in_its_name(tmp_path):
 def test_values_are_read_as_yaml(text, value):
     section, field = text.partition("=")[0].split(".")
     assert getattr(getattr(load(None, [text]), section), field) == value
+
+
+def test_a_level_that_is_none():
+    (line,) = fault_lines("eval.levels=L0,L9")
+    assert line.startswith("eval.levels: Input should be 'L0', 'L1'") and "got 'L9'" in line
 
 
 def test_all_faults_at_once():

@@ -1,15 +1,19 @@
 """Evaluation: every game once, intervals and shares by type, and no influence on training."""
 
+import random
+
 import pytest
 import torch
-from test_train import scripted
+from test_train import Failing, adapter_of, scripted
 
 from gcdlite import envs
+from gcdlite import train as loop
 from gcdlite.envs.alfworld.engine import Game
 from gcdlite.envs.alfworld.games import IN_DOMAIN, OUT_OF_DOMAIN, level_tasks
 from gcdlite.evaluate import evaluate, success, wilson
 from gcdlite.policy import Policy
 from gcdlite.records import Episode, Task
+from gcdlite.runlog import read_lines
 
 
 @pytest.mark.parametrize(("wins", "n", "low", "high"), [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634)])
@@ -59,6 +63,13 @@ def test_every_game_once_in_a_fixed_order_and_wins_are_counted(small_config):
     assert out["eval/L0"] == (len(tasks) // 2) / len(tasks)
 
 
+def test_a_game_whose_environment_failed_is_counted_apart(small_config):
+    pool, policy = envs.make(small_config), Policy(small_config)
+    out, episodes = evaluate(policy, Failing(pool, (2,)), "L0", small_config)
+    assert len(episodes) == 4 and out["eval/L0/n"] == 3 and out["eval/L0/errors"] == 1 and out["eval/L0/turns"] == 4
+    assert episodes[2].error and (out["eval/L0/low"], out["eval/L0/high"]) == wilson(0, 3)
+
+
 def test_levels_are_what_the_protocol_says(games_root):
     def of(level):
         tasks = level_tasks(games_root, level, "single")
@@ -71,23 +82,49 @@ def test_levels_are_what_the_protocol_says(games_root):
     assert of("L2s") == (set(OUT_OF_DOMAIN), {"valid_seen"})
 
 
-def test_evaluation_is_greedy_repeatable_and_leaves_training_alone(small_config):
+@pytest.mark.parametrize("temperature", [0.0, 0.4])
+def test_evaluation_takes_its_own_temperature_is_repeatable_and_leaves_training_alone(small_config, temperature):
+    small_config.eval.temperature, small_config.rollout.temperature = temperature, 1.0
+    small_config.eval.limit, small_config.eval.judge_turns = 2, 0  # the judge is always greedy
     pool, policy = envs.make(small_config), Policy(small_config)
-    before = torch.get_rng_state()
+    asked, generate = [], policy.generate
+    policy.generate = lambda *prompts, **how: asked.append(how) or generate(*prompts, **how)
+    before, dice = torch.get_rng_state(), random.getstate()
     first, _ = evaluate(policy, pool, "L0", small_config)
+    assert asked and {how["temperature"] for how in asked} == {temperature}
     second, _ = evaluate(policy, pool, "L0", small_config)
-    assert first == second and torch.equal(before, torch.get_rng_state())
+    assert first == second and torch.equal(before, torch.get_rng_state()) and dice == random.getstate()
 
 
-def test_the_judge_is_measured_on_as_many_good_as_bad_turns(small_config):
-    """A judge that calls everything good has balanced accuracy one half, whatever was played."""
+def test_evaluations_change_nothing_in_what_is_trained(small_config, tmp_path):
+    """Not the random states of the loop either: with more evaluations the same run."""
+    small_config.steps, small_config.eval.limit, small_config.eval.temperature = 2, 1, 1.0
+    for name, every in (("few", 0), ("many", 1)):
+        small_config.eval.every, small_config.eval.before = every, bool(every)
+        loop.train(small_config, tmp_path / name)
+    few, many = (adapter_of(tmp_path / name) for name in ("few", "many"))
+    assert all(torch.equal(few[k], many[k]) for k in few)
+    assert [len(read_lines(tmp_path / name / "events.jsonl")) for name in ("few", "many")] == [3, 5]
+
+
+JUDGES = {  # verdict on a turn that is good or not -> balanced accuracy, accuracy on good turns
+    "knows the oracle": (lambda good: good, 1.0, 1.0),
+    "says the contrary": (lambda good: not good, 0.0, 0.0),
+    "praises everything": (lambda good: True, 0.5, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_the_judge_is_measured_on_as_many_good_as_bad_turns(small_config, name):
+    verdict, balanced, good = JUDGES[name]
     small_config.env.max_turns, small_config.eval.limit, small_config.eval.judge_turns = 12, 8, 10
     pool, policy = envs.make(small_config), Policy(small_config)
     games = {}
 
     def answer(prompt):
         if "Judge" in prompt.split("\n")[0]:
-            return "<think>x</think>\\boxed{1}<advice>go on</advice>"
+            good_turn = "<action>look</action>" not in prompt  # see below
+            return f"<think>x</think>\\boxed{{{int(verdict(good_turn))}}}<advice>go on</advice>"
         # Play the walkthrough's first step, then look around: some turns shorten the plan, others do not.
         task = prompt.split("Task: ")[1].split("\n")[0]
         return f"<think>x</think><action>{games[task] if 'Turn 0' in prompt else 'look'}</action>"
@@ -98,4 +135,4 @@ def test_the_judge_is_measured_on_as_many_good_as_bad_turns(small_config):
     scripted(policy, answer)
     out, _ = evaluate(policy, pool, "L0", small_config)
     assert out["eval/L0/judge_n"] > 0 and out["eval/L0/judge_n"] % 2 == 0
-    assert out["eval/L0/judge_balanced_accuracy"] == 0.5 and out["eval/L0/judge_accuracy_good"] == 1.0
+    assert out["eval/L0/judge_balanced_accuracy"] == balanced and out["eval/L0/judge_accuracy_good"] == good

@@ -1,5 +1,7 @@
 """Loading models: full precision and 4 bit, templates, tokens, the reference."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -50,6 +52,72 @@ def test_a_model_without_template_is_refused(small_model, tmp_path):
 def test_missing_models_are_named():
     with pytest.raises(UserError, match="no model folder './nowhere'"):
         resolve("./nowhere")
+
+
+def test_missing_nano_weights_can_be_made(monkeypatch, tmp_path):
+    from gcdlite import doctor, policy
+
+    monkeypatch.setattr(policy, "NANO", tmp_path)
+    made = "coldstart --config nano coldstart.from_scratch=true --out DIR, then --model DIR/model"
+    with pytest.raises(UserError, match=made):
+        resolve("nano")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert made in doctor.model().line()
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def test_damaged_weights_are_named(small_config, small_model, tmp_path):
+    shutil.copytree(small_model, tmp_path / "model")
+    cut(tmp_path / "model" / "model.safetensors")
+    Policy(small_config).save_adapter(tmp_path / "adapter")
+    cut(tmp_path / "adapter" / "adapter_model.safetensors")
+    broken = small_config.model_copy(deep=True)
+    broken.model.name = str(tmp_path / "model")
+    with pytest.raises(UserError, match="weights of .*model' are damaged"):
+        Policy(broken)
+    with pytest.raises(UserError, match="adapter in .* cannot be read"):
+        Policy(small_config, adapter=tmp_path / "adapter")
+    small_config.model.adapter = str(tmp_path / "adapter")
+    with pytest.raises(UserError, match="adapter .* is damaged"):
+        Policy(small_config)
+
+
+def test_a_hub_id_that_is_nowhere(small_config):
+    small_config.model.name = "no-such/model"
+    with pytest.raises(UserError, match=r"the model 'no-such/model' cannot be loaded \(.*hf download no-such/model.*--model nano") as refused:
+        Policy(small_config)
+    assert "\n" not in str(refused.value) and str(refused.value).count("(") == str(refused.value).count(")")
+
+
+@pytest.mark.parametrize(
+    ("file", "spoil"),
+    [("model.safetensors", lambda f: f.unlink()), ("config.json", cut), ("tokenizer.json", cut), ("tokenizer_config.json", cut)],
+)
+def test_a_folder_that_lacks_something_is_not_looked_for_on_the_hub(file, spoil, small_config, small_model, tmp_path):
+    shutil.copytree(small_model, tmp_path / "model")
+    spoil(tmp_path / "model" / file)
+    small_config.model.name = str(tmp_path / "model")
+    with pytest.raises(UserError, match=f"the model in {tmp_path}/model cannot be loaded .*save_pretrained") as refused:
+        Policy(small_config)
+    assert "hf download" not in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_an_adapter_of_another_model_is_refused(small_config, small_model, tmp_path):
+    other = load_tokenizer(str(small_model))
+    build_model(other, 0, hidden=64, layers=2, mlp=64).save_pretrained(tmp_path / "wide")
+    other.save_pretrained(tmp_path / "wide")
+    Policy(small_config).save_adapter(tmp_path / "adapter")
+    small_config.model.name = str(tmp_path / "wide")
+    with pytest.raises(UserError, match="the adapter in .*adapter does not fit this model: size mismatch for") as refused:
+        Policy(small_config, adapter=tmp_path / "adapter")
+    assert "\n" not in str(refused.value)
+    small_config.model.adapter = str(tmp_path / "adapter")
+    with pytest.raises(UserError, match="the adapter .*adapter' does not fit .*wide: size mismatch for") as refused:
+        Policy(small_config)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_pad_that_equals_eos_is_replaced(small_model, tmp_path):

@@ -1,6 +1,7 @@
 """The pool: our engine and TextWorld's behind one interface, and what happens when a worker dies."""
 
 import os
+import shutil
 import signal
 
 import pytest
@@ -9,6 +10,7 @@ from gcdlite import envs
 from gcdlite.config import check
 from gcdlite.envs.alfworld import split_intro
 from gcdlite.records import UserError
+from gcdlite.runlog import RunLog
 
 
 def test_intro_is_split_and_nothing_is_lost():
@@ -30,6 +32,20 @@ def test_copies_of_one_game_do_not_disturb_each_other(games_root):
     assert (again.text, again.admissible, again.plan) == (first.text, first.admissible, first.plan)
 
 
+def test_the_pool_says_whether_games_are_real(games_root, tmp_path):
+    """Wherever they lie: a folder that env.data or ALFWORLD_DATA names may hold generated ones."""
+    assert envs.make(check({"env": {"data": str(games_root)}})).note == "100 generated games, seed 3"
+    (tmp_path / "json_2.1.1").mkdir()
+    assert envs.make(check({"env": {"data": str(tmp_path)}})).note == "real games"
+
+
+def test_the_genuine_engines_processes_fit_into_half_of_the_memory(games_root, monkeypatch):
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**31 // 4096}  # 2 GiB
+    monkeypatch.setattr(os, "sysconf", pages.get)
+    assert envs.make(check({"env": {"data": str(games_root), "engine": "genuine"}})).capacity == 10
+    assert envs.make(check({"env": {"data": str(games_root)}})).capacity == 0
+
+
 def test_the_genuine_engine_answers_the_same_and_a_dead_worker_loses_its_episode_only(games_root):
     pytest.importorskip("textworld", reason="the genuine engine needs textworld")
     settings = {"env": {"data": str(games_root), "engine": "genuine"}}
@@ -47,3 +63,64 @@ def test_the_genuine_engine_answers_the_same_and_a_dead_worker_loses_its_episode
         assert dead.error and dead.done and not dead.won and alive.error is None and alive.text
     finally:
         genuine.close()
+
+
+# --- a run's games stay its games
+
+
+@pytest.fixture
+def begun(tmp_path, monkeypatch):
+    """Begin a run as training does, with these settings; returns its folder, its settings and its training games."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("ALFWORLD_DATA", raising=False)
+
+    def begin(**env):
+        config = check({"env": {"generated": 20, **env}})
+        tasks = envs.make(config).tasks("train")
+        RunLog.create(tmp_path / "run", config, games=envs.identity(config, tasks)).unlock()
+        return tmp_path / "run", config, tasks
+
+    return begin
+
+
+def test_a_run_plays_the_games_it_began_with_whatever_the_environment_says(begun, games_root, monkeypatch):
+    run, config, generated = begun()
+    monkeypatch.setenv("ALFWORLD_DATA", str(games_root))
+    assert envs.make(config, run).tasks("train") == generated != envs.make(config).tasks("train")
+    assert envs.describe(config, run) == "generated games" and str(games_root) in envs.describe(config)
+    other = check({"env": {"generated": 20, "data": str(games_root)}})  # asked for in words
+    assert envs.make(other, run).root == games_root
+
+
+def test_a_run_on_installed_games_finds_them_again_or_is_refused(begun, games_root, tmp_path, monkeypatch):
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(games_root, old)
+    monkeypatch.setenv("ALFWORLD_DATA", str(old))
+    run, config, tasks = begun()
+    monkeypatch.delenv("ALFWORLD_DATA")
+    assert envs.make(config, run).tasks("train") == tasks  # and not generated ones
+    old.rename(new)
+    with pytest.raises(UserError, match=f"the games of {run} were in {old}, where none are now: put them back, or let ALFWORLD_DATA"):
+        envs.describe(config, run)
+    monkeypatch.setenv("ALFWORLD_DATA", str(new))
+    assert [t.id for t in envs.make(config, run).tasks("train")] == [t.id for t in tasks]
+    shutil.rmtree(os.path.dirname(envs.make(config, run).tasks("train")[3].path))
+    with pytest.raises(UserError, match=rf"the games of {run} \({old}, list \w+\) are not those found here \({new}, list \w+\)") as refused:
+        envs.make(config, run)
+    assert "\n" not in str(refused.value)
+
+
+def test_another_generator_is_not_taken_for_the_runs(begun, monkeypatch):
+    from gcdlite.envs.alfworld import generate
+
+    run, config, _ = begun()
+    monkeypatch.setattr(generate, "draft", lambda task, scenes, rng, draft=generate.draft: draft(task, scenes, rng) and draft(task, scenes, rng))
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"])
+    with pytest.raises(UserError, match=r"\(generated, list \w+\) are not those.*versions that its environment.json names"):
+        envs.make(config, run)
+    (run / "environment.json").write_text("{}")  # a run of an earlier version
+    assert envs.make(config, run).tasks("train")
+    (run / "environment.json").write_text("{")
+    with pytest.raises(UserError, match="environment.json is damaged"):
+        envs.make(config, run)

@@ -219,7 +219,7 @@ class Talker:
 class SmallPool:
     """Has room for two episodes, each of which ends after two steps; its score is 40."""
 
-    capacity, note = 2, ""
+    capacity, slow, note = 2, False, ""
 
     def reset(self, tasks):
         assert len(tasks) <= self.capacity
@@ -392,6 +392,27 @@ def test_what_is_ambiguous_is_settled(pool):
     pool.step(["close door"])
     other = pool.step(["pick up thermometer"])[0]  # neither: the question is given up, the command is played
     assert "thermometer" in other.brief and "thermometer" in other.text.split("In your inventory")[1]
+
+
+@real
+def test_overlap_plays_what_is_played_without_it_and_leaves_the_machines_at_rest(pool, monkeypatch):
+    config, tasks = check({"env": {"max_turns": 2}}), [PLANT, BEAR]
+    overlapped = play(Talker("open door"), pool, tasks, config, None, 1.0)
+    monkeypatch.setattr(pool, "slow", False)
+    assert overlapped == play(Talker("open door"), pool, tasks, config, None, 1.0)
+    assert [len(e.turns) for e in overlapped] == [2, 2] and not any(e.error for e in overlapped)
+    monkeypatch.undo()
+
+    class Interrupted(Talker):
+        def generate(self, prompts_, **_):
+            if hasattr(self, "asked"):  # the other half's step is under way
+                raise KeyboardInterrupt
+            return super().generate(prompts_)
+
+    with pytest.raises(KeyboardInterrupt):
+        play(Interrupted("open door"), pool, tasks, config, None, 1.0)
+    assert [len(place.game.sent) for place in pool._playing] == [1, 0]
+    assert not any(o.error for o in pool.step(["look around", "look around"]))
 
 
 @real

@@ -9,9 +9,9 @@ import torch
 from gcdlite import checkpoint, envs, rollout
 from gcdlite import train as loop
 from gcdlite.policy import Policy
-from gcdlite.records import Task, UserError
+from gcdlite.records import Episode, Group, Observation, Task, Turn, UserError
 from gcdlite.rollout import collect
-from gcdlite.runlog import read_lines
+from gcdlite.runlog import RunLog, read_lines
 
 
 class Stop(Exception):
@@ -97,6 +97,55 @@ def test_an_expert_in_the_policys_place_wins(small_config):
         assert before.result == after.observation
 
 
+class Failing:
+    """A pool whose engine gives up on these places at their second turn."""
+
+    def __init__(self, pool, places):
+        self.pool, self.places = pool, places
+
+    def __getattr__(self, name):
+        return getattr(self.pool, name)
+
+    def reset(self, tasks):
+        self.turn = 0
+        return self.pool.reset(tasks)
+
+    def step(self, actions):
+        self.turn += 1
+        results = self.pool.step(actions)
+        if self.turn == 2:
+            results = [Observation("", [], done=True, error="the engine died") if i in self.places else o for i, o in enumerate(results)]
+        return results
+
+
+def test_an_episode_whose_environment_failed_counts_nowhere(small_config):
+    pool, policy = envs.make(small_config), Policy(small_config)
+    tasks = pool.tasks("train")[:3]
+    groups, metrics = collect(policy, Failing(pool, (1, 3, 4, 5)), tasks, small_config, torch.Generator().manual_seed(0))
+    assert [(len(g.episodes), len(g.failed)) for g in groups] == [(2, 1), (0, 3), (3, 0)]
+    assert {e.error for g in groups for e in g.failed} == {"the engine died"} and all(len(e.turns) == 2 for g in groups for e in g.failed)
+    assert metrics["rollout/errors"] == 4 and metrics["rollout/turns"] == 4
+    groups[0].episodes[0].won, groups[0].episodes[0].reward = True, 1.0
+    samples = loop.policy_samples(groups, small_config)
+    values = [{a for s in samples for a in s.advantages if s.unit == unit} for unit in range(5)]
+    assert len(samples) == 20
+    assert [max(v) for v in values] == pytest.approx([0.7071, -0.7071, 0, 0, 0], abs=0.02)  # of two, and not of three
+    assert loop.advantages.zero_variance(groups) == 1 and loop.shown(groups)[-1].error == "the engine died"
+
+
+@pytest.mark.parametrize("name", ["ppo", "rloo"])
+def test_training_goes_on_when_every_environment_fails(small_config, monkeypatch, tmp_path, name):
+    make = envs.make
+    monkeypatch.setattr(envs, "make", lambda *args: Failing(make(*args), range(100)))
+    small_config.algo.name, small_config.steps, small_config.eval.before = name, 1, False
+    summary = loop.train(small_config, tmp_path / "run")
+    assert {"success": 0.0, "low": 0.0, "high": 1.0, "n": 0, "errors": 4}.items() <= summary["levels"]["L0"]["after"].items()
+    (event,) = [e for e in read_lines(tmp_path / "run" / "events.jsonl") if e["phase"] == "train"]
+    assert event["rollout/errors"] == 6 and event["rollout/success"] == 0 and event["gcd/selected"] == 0
+    assert {e["error"] for e in read_lines(tmp_path / "run" / "episodes.jsonl")} == {"the engine died"}
+    assert all(v.abs().max() == 0 for k, v in adapter_of(tmp_path / "run").items() if "lora_B" in k)
+
+
 def test_malformed_turns_cost_a_turn_and_do_nothing(small_config):
     pool, policy = envs.make(small_config), Policy(small_config)
     scripted(policy, lambda prompt: "no tags at all")
@@ -153,6 +202,14 @@ def test_events_and_summary_hold_what_is_promised(small_config, tmp_path):
     assert {"eval/L0", "eval/L0/low", "eval/L0/high", "eval/L0/n"} <= events[0].keys()
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["levels"]["L0"]["before"]["n"] == 4 and summary["levels"]["L0"]["after"]["success"] is not None
+    assert summary["environment_note"] == "100 generated games, seed 3"
+    record = tmp_path / "run" / "environment.json"
+    about = json.loads(record.read_text())
+    assert about["games"]["data"] == small_config.env.data and len(about["games"]["train"]) == 12
+    about["games"]["train"] = "0" * 12
+    record.write_text(json.dumps(about))
+    with pytest.raises(UserError, match="list 000000000000.* are not those found here"):
+        loop.train(small_config, tmp_path / "run", resume=True)
 
 
 def test_the_saved_adapter_loads_with_peft(small_config, tmp_path):
@@ -169,6 +226,14 @@ def test_the_saved_adapter_loads_with_peft(small_config, tmp_path):
         assert torch.allclose(again(input_ids=ids).logits, ours.model(input_ids=ids).logits, atol=1e-6)
 
 
+def test_costs_are_shares_of_the_reward_and_told_as_they_are_charged(small_config, tmp_path):
+    small_config.reward.success, small_config.reward.inadmissible, small_config.reward.malformed = 10.0, 0.1, 0.02
+    turns = [Turn("", [], [1], [2], [0.0], "", "", malformed, False) for malformed in (False, True)]
+    group = Group(Task("t", "t", "t"), [Episode(Task("t", "t", "t"), "", turns)])
+    assert [s.advantages for s in loop.policy_samples([group], small_config)] == [[-1.0], [-0.2]]
+    assert loop.summarise(small_config, RunLog(tmp_path), 0, 0)["inadmissible_cost"] == 1.0
+
+
 def test_without_gcd_nothing_is_judged(small_config, tmp_path):
     small_config.gcd.enabled, small_config.steps, small_config.eval.judge_turns = False, 1, 0
     loop.train(small_config, tmp_path / "run")
@@ -180,12 +245,33 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(small_config, tmp_pat
     run = tmp_path / "run"
     loop.train(small_config, run)
     newest = checkpoint.found(run)[-1]
+    weights = newest / "adapter" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert checkpoint.latest(run) == checkpoint.found(run)[-2]
+    weights.write_bytes(whole)
+    assert checkpoint.latest(run) == newest
     (newest / "state.pt").write_bytes(b"cut off")
     assert checkpoint.latest(run) == checkpoint.found(run)[-2]
     for path in checkpoint.found(run):
         (path / "state.pt").unlink()
     with pytest.raises(UserError, match="no checkpoint"):
         checkpoint.latest(run)
+
+
+def test_an_evaluation_that_was_cut_off_is_logged_once(small_config, tmp_path):
+    small_config.steps, small_config.eval.levels, small_config.eval.limit = 1, ["L0", "L1"], 1
+    small_config.eval.before, small_config.eval.judge_turns, small_config.gcd.enabled = False, 0, False
+
+    def pull_the_plug(event):
+        if event.get("begins") == "eval L1":
+            raise Stop
+
+    with pytest.raises(Stop):
+        loop.train(small_config, tmp_path / "run", [pull_the_plug])
+    loop.train(small_config, tmp_path / "run", resume=True)
+    phases = [e["phase"] for e in read_lines(tmp_path / "run" / "episodes.jsonl")]
+    assert phases == ["train", "eval L0", "eval L1"]
 
 
 def test_a_full_disk_keeps_the_earlier_checkpoint(small_config, tmp_path, monkeypatch):
@@ -207,7 +293,6 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(small_config, tmp_path, monkey
 def test_a_reward_that_can_be_earned_is_learned(small_config):
     """The whole RL path on a task without luck: reward the responses that contain a certain token."""
     from gcdlite.advantages import grpo, policy_samples
-    from gcdlite.records import Episode, Group, Turn
     from gcdlite.update import make_optimizer, update
 
     small_config.update.lr, small_config.update.kl, small_config.update.minibatches = 2e-2, 0.0, 1

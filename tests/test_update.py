@@ -11,7 +11,7 @@ from gcdlite.records import Sample
 from gcdlite.update import make_optimizer, minibatches, update
 
 
-def make_samples(policy, dice):
+def make_samples(policy, dice, temperature=1.0):
     """Samples of both streams with made-up tokens, advantages and old log-probs near the policy's own."""
     samples = []
     vocabulary = policy.model.config.vocab_size
@@ -21,14 +21,14 @@ def make_samples(policy, dice):
         stream = "judgment" if i % 3 == 2 else "policy"
         advantages = [dice.choice([-1.5, 0.0, 0.7])] * len(response)
         sample = Sample(prompt, response, advantages, [], stream, i // 2)
-        sample.logprobs = [v + dice.uniform(-0.4, 0.4) for v in row_logprobs(policy.model, sample).tolist()]
+        sample.logprobs = [v + dice.uniform(-0.4, 0.4) for v in row_logprobs(policy.model, sample, temperature).tolist()]
         samples.append(sample)
     return samples
 
 
-def row_logprobs(model, sample):
+def row_logprobs(model, sample, temperature=1.0):
     ids = torch.tensor([sample.prompt_ids + sample.response_ids])
-    logits = model(input_ids=ids).logits[0].log_softmax(-1)
+    logits = (model(input_ids=ids).logits[0] / temperature).log_softmax(-1)
     n = len(sample.prompt_ids)
     return torch.stack([logits[n + k - 1, token] for k, token in enumerate(sample.response_ids)])
 
@@ -42,45 +42,85 @@ def wake(policy):
     policy.changed()
 
 
-def slow_gradient(policy, samples, cfg, weight):
-    """Gradient of L = L_policy + weight * L_judgment, straight from SPEC: token means, clip, dual clip, k3."""
-    model = policy.model
+def slow_gradient(policy, samples, config, streams=("policy", "judgment")):
+    """Gradient of L = L_policy + weight * L_judgment, straight from SPEC: mean over tokens, turns or a constant, clip, dual
+    clip, k3; and L."""
+    model, cfg, temperature = policy.model, config.update, config.rollout.temperature
     with policy.reference():
-        references = [row_logprobs(model, s) for s in samples]
+        references = [row_logprobs(model, s, temperature) for s in samples]
     total = 0.0
-    for stream, scale in (("policy", 1.0), ("judgment", weight)):
+    for stream in streams:
         mine = [i for i, s in enumerate(samples) if s.stream == stream]
         tokens = sum(len(samples[i].response_ids) for i in mine)
+        scale, longest = (1.0, config.rollout.max_new_tokens) if stream == "policy" else (config.gcd.weight, config.gcd.max_new_tokens)
         for i in mine:
             s = samples[i]
-            new = row_logprobs(model, s)
+            new = row_logprobs(model, s, temperature)
+            share = {"token": 1 / tokens, "turn": 1 / len(mine) / len(s.response_ids), "constant": 1 / len(mine) / longest}[cfg.loss_agg]
             for k in range(len(s.response_ids)):
                 a, ratio = s.advantages[k], (new[k] - s.logprobs[k]).exp()
                 loss = -min(a * ratio, a * ratio.clamp(1 - cfg.clip, 1 + cfg.clip))
                 if a < 0:
                     loss = min(loss, torch.tensor(-a * cfg.dual_clip))
                 d = references[i][k] - new[k]
-                total = total + scale * (loss + cfg.kl * (d.exp() - d - 1)) / tokens
+                total = total + scale * share * (loss + cfg.kl * (d.exp() - d - 1))
     return torch.autograd.grad(total, policy.parameters()), float(total.detach())
 
 
-@pytest.mark.parametrize(("budget", "kl"), [(16, 0.1), (4096, 0.1), (4096, 0.0)])
-def test_one_step_equals_the_slow_formula(small_config, budget, kl):
+@pytest.mark.parametrize(
+    ("budget", "kl", "temperature", "loss_agg", "how"),
+    [
+        (16, 0.1, 1.0, "token", "joint"),
+        (4096, 0.1, 1.0, "token", "joint"),
+        (4096, 0.0, 1.0, "token", "joint"),
+        (4096, 0.1, 0.6, "token", "joint"),
+        (16, 0.1, 1.4, "turn", "joint"),
+        (4096, 0.1, 1.0, "constant", "joint"),
+        (4096, 0.1, 1.0, "token", "separate"),
+        (4096, 0.0, 0.6, "constant", "separate"),
+    ],
+)
+def test_one_step_equals_the_slow_formula(small_config, budget, kl, temperature, loss_agg, how):
     config = small_config
     config.update.minibatches, config.update.grad_clip, config.update.kl, config.update.warmup = 1, 1e9, kl, 0
-    config.update.token_budget, config.gcd.weight = budget, 0.6
+    config.update.token_budget, config.update.loss_agg, config.rollout.temperature = budget, loss_agg, temperature
+    config.gcd.weight, config.gcd.update, config.gcd.max_new_tokens = 0.6, how, 6
     policy = Policy(config)
     wake(policy)
-    samples = make_samples(policy, random.Random(1))
-    wanted, loss = slow_gradient(policy, samples, config.update, 0.6)
+    samples = make_samples(policy, random.Random(1), temperature)
+    steps = [("policy", "judgment")] if how == "joint" else [("policy",), ("judgment",)]
+    wanted = [slow_gradient(policy, samples, config, streams) for streams in steps]
     seen = []
     optimizer, schedule = make_optimizer(policy, config)
-    optimizer.step = lambda: seen.extend(p.grad.clone() for p in policy.parameters())
+    optimizer.step = lambda: seen.append([p.grad.clone() for p in policy.parameters()])
     stats = update(policy, samples, optimizer, schedule, config, random.Random(0))
-    for got, want in zip(seen, wanted, strict=True):
-        assert torch.allclose(got, want, rtol=1e-4, atol=1e-6)
-    assert max(g.abs().max() for g in seen) > 1e-3  # the comparison is about something
-    assert stats["loss/policy"] + 0.6 * stats["loss/judgment"] == pytest.approx(loss, abs=1e-5)
+    for gradients, (slow, _) in zip(seen, wanted, strict=True):
+        for got, want in zip(gradients, slow, strict=True):
+            assert torch.allclose(got, want, rtol=1e-4, atol=1e-6)
+        assert max(g.abs().max() for g in gradients) > 1e-3  # the comparison is about something
+    assert stats["loss/policy"] + 0.6 * stats["loss/judgment"] == pytest.approx(sum(loss for _, loss in wanted), abs=1e-5)
+
+
+def test_a_second_epoch_goes_on_from_the_first_ones_weights(small_config):
+    """With the log-probs of the policy that sampled, and the same reference."""
+    config = small_config
+    config.update.epochs, config.update.minibatches, config.update.grad_clip, config.update.kl = 2, 1, 1e9, 0.1
+    policies = [Policy(config), Policy(config)]
+    for policy in policies:
+        wake(policy)
+    fast, slow = policies
+    samples = make_samples(fast, random.Random(1))
+    optimizer = torch.optim.SGD(fast.parameters(), lr=0.3)
+    update(fast, samples, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0), config, random.Random(0))
+    moved = []
+    for _ in range(2):
+        gradient, _ = slow_gradient(slow, samples, config)
+        with torch.no_grad():
+            for p, g in zip(slow.parameters(), gradient, strict=True):
+                p.sub_(0.3 * g)
+        moved.append(gradient)
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(fast.parameters(), slow.parameters(), strict=True))
+    assert max((a - b).abs().max() for a, b in zip(*moved)) > 1e-3  # the first step was not taken twice
 
 
 def test_separate_takes_a_step_for_each_stream(small_config):
@@ -118,6 +158,23 @@ def test_zero_advantage_and_no_kl_change_nothing(small_config):
     optimizer, schedule = make_optimizer(policy, small_config)
     update(policy, samples, optimizer, schedule, small_config, random.Random(0))
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters()))
+
+
+def test_clip_share_is_of_the_tokens_that_were_evaluated(small_config):
+    """Without KL a sample of zero advantage is left out, and is no token that stayed inside the clip."""
+    small_config.update.minibatches, small_config.update.warmup = 1, 0
+    policy = Policy(small_config)
+    samples = make_samples(policy, random.Random(1))
+    samples[0].advantages = [0.0] * len(samples[0].response_ids)
+    far = [s for s in samples if any(s.advantages)]
+    for s in samples:
+        s.logprobs = [v - float(s in far) for v in row_logprobs(policy.model, s).tolist()]
+    tokens = [sum(len(s.response_ids) for s in some) for some in (far, samples)]
+    for kl, wanted in ((0.0, 1.0), (0.1, tokens[0] / tokens[1])):
+        small_config.update.kl, small_config.update.lr = kl, 1e-9
+        optimizer, schedule = make_optimizer(policy, small_config)
+        stats = update(policy, samples, optimizer, schedule, small_config, random.Random(0))
+        assert stats["clip_share"] == pytest.approx(wanted) and tokens[0] < tokens[1]
 
 
 def test_kl_is_reported_also_where_it_is_not_trained(small_config):

@@ -25,7 +25,7 @@ from gcdlite.envs.base import Pool
 from gcdlite.gcd.labels import LABELLERS, label
 from gcdlite.policy import Policy, load_adapter_weights
 from gcdlite.records import Episode, Sample, UserError
-from gcdlite.rollout import play
+from gcdlite.rollout import play, sound
 from gcdlite.runlog import read_lines
 
 DOMAINS = ("ID", "OOD")
@@ -117,7 +117,7 @@ def episodes_of(
                 played += play(policy, pool, some, config, rng, config.rollout.temperature if temperature is None else temperature)
                 for _ in some:
                     step()
-        return played
+        return sound(played)
 
     return {domain: output.part(f"episodes-{stage.key}-{name}", lambda name=name: level(name)) for domain, name in levels.items()}
 

@@ -31,7 +31,7 @@ def run(name: str, options: Options, config: Config, folder: Path) -> list[dict[
     needs_games = module != "similarity" or "env" in options.sets.split(",")
     if not needs_games:
         return _with(None, analysis, stages, options, config, open_output(name, options, config, folder))
-    with envs.closing(envs.make(config)) as pool:
+    with envs.closing(envs.make(config, options.run)) as pool:
         return _with(pool, analysis, stages, options, config, open_output(name, options, config, folder))
 
 

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Protocol
 
 from gcdlite.records import Observation, Task
+
+
+def room_for(size: float) -> int:
+    """How many processes of `size` bytes half of the machine's memory holds, at least one.
+
+    It depends on the machine and not on what else runs on it, so that a run that goes on plays as it began.
+    """
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):  # Windows does not tell
+        memory = 8e9
+    return max(1, int(memory / 2 / size))
 
 
 class Pool(Protocol):
@@ -15,6 +28,7 @@ class Pool(Protocol):
     """
 
     capacity: int  # most episodes that `reset` takes; 0: any number
+    slow: bool  # worth hiding: `step` is called from a second thread while the policy generates, one call at a time
     note: str  # what every table of results must say of the environment; "": nothing
 
     def tasks(self, level: str) -> list[Task]:

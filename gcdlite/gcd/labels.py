@@ -20,7 +20,7 @@ def rules(episode: Episode, uninformative: Sequence[str] = ()) -> Labels:
     causes = [""] + [t.action for t in episode.turns]
     evidence = [text.strip().split("\n")[0] not in uninformative and cause not in uninformative for text, cause in zip(seen, causes)]
     last_seen = {text: i for i, text in enumerate(seen) if evidence[i]}
-    labels = {i: 0 for i in range(len(episode.turns)) if evidence[i] and last_seen[seen[i]] > i}
+    labels = {i: 0 for i in range(len(episode.turns) - 1) if evidence[i] and last_seen[seen[i]] > i}
     if episode.won:
         labels[len(episode.turns) - 1] = 1  # the success rule wins over every other
     return labels

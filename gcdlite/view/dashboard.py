@@ -377,7 +377,7 @@ def of_event(event: Event, level: str) -> Event:
     if name not in event:
         return {}
     return {"success": event[name], "judge": event.get(f"{name}/judge_balanced_accuracy")} | {
-        k: event.get(f"{name}/{k}") for k in ("low", "high", "n")
+        k: event.get(f"{name}/{k}") for k in ("low", "high", "n", "errors")
     }
 
 
@@ -392,12 +392,13 @@ def level_row(level: str, before: Event, after: Event) -> list[Text]:
 
 
 def with_interval(part: Event) -> Text:
-    """`43.8 % (28–61, n 32)`, or a dash."""
+    """`43.8 % (28–61, n 32)`, or a dash; episodes whose environment failed are no part of n, and told beside it."""
     if not part:
         return Text("–", "dim")
     text = Text(percent(part["success"]), "bold")
     if part.get("low") is not None:
-        text.append(f" ({100 * part['low']:.0f}–{100 * part['high']:.0f}, n {part['n']:.0f})", "not bold dim")
+        failed = f", {part['errors']:.0f} failed" if part.get("errors") else ""
+        text.append(f" ({100 * part['low']:.0f}–{100 * part['high']:.0f}, n {part['n']:.0f}{failed})", "not bold dim")
     return text
 
 
@@ -429,7 +430,7 @@ def closing_table(summary: dict[str, Any]) -> RenderableType:
     table = result_table(["level", "before", "after", "change", "judge"])
     for level, parts in summary["levels"].items():
         table.add_row(*level_row(level, parts.get("before", {}), parts.get("after", {})))
-    notes = [f"{note}."] if (note := summary.get("environment_note")) else []
+    notes = [sentence(note)] if (note := summary.get("environment_note")) else []
     notes += ["Success in %, 95 % Wilson interval, n games. Judge: balanced accuracy against the oracle."]
     named = SCIENCE_LEVELS if summary["environment"] == "scienceworld" else LEVELS
     notes += ["; ".join(f"{level}: {named[level]}" for level in summary["levels"] if level in named) + "."]
@@ -458,7 +459,7 @@ def evaluation_table(metrics: Event, config: Config, note: str = "") -> Renderab
             Text(level, "bold"), with_interval(part), number(metrics.get(f"eval/{level}/turns"), ".1f"), percent(part.get("judge")), types
         )
     about = f"{config.env.name}, protocol {config.env.protocol} · {Path(config.model.name).name} · {method(config)}"
-    foot = [Text(f"{note}.", "dim")] if note else []
+    foot = [Text(sentence(note), "dim")] if note else []
     return Group(Text(about, "bold"), Text(f"seed {config.seed} · evaluated {decoding(config.eval.temperature)}"), table, *foot)
 
 
@@ -481,6 +482,10 @@ def labeller_table(record: Event) -> RenderableType:
     if record.get("api/asked"):
         notes.append(api_part(record))
     return Group(Text(about, "bold"), table, *(Text(note, "dim") for note in notes))
+
+
+def sentence(note: str) -> str:
+    return f"{note[:1].upper()}{note[1:]}."
 
 
 def decoding(temperature: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -13,7 +14,10 @@ from pathlib import Path
 from gcdlite.config import Config
 from gcdlite.envs.alfworld.engine import Game
 from gcdlite.envs.alfworld.games import data_root, level_tasks
+from gcdlite.envs.base import room_for
 from gcdlite.records import Observation, Task, UserError
+
+WORKER_BYTES = 100e6  # resident memory of a process with the genuine engine
 
 _INTRO = re.compile(r"^-= Welcome to TextWorld, ALFRED! =-\s*(.*?)\s*Your task is to: (.*?)\s*$", re.DOTALL)
 
@@ -27,13 +31,14 @@ def split_intro(text: str) -> tuple[str, str]:
 
 
 class AlfworldPool:
-    """Episodes on our engine (in this process), or on TextWorld's (a worker process each)."""
-
-    capacity, note = 0, ""
+    """Episodes on our engine (in this process), or on TextWorld's (a worker process each, so at most `capacity` at a time)."""
 
     def __init__(self, config: Config):
         self.config = config.env
+        self.slow = self.config.engine == "genuine"
         self.root, self.why = find_root(config)
+        self.note = about(self.root)
+        self.capacity = room_for(WORKER_BYTES) if self.config.engine == "genuine" else 0
         self._games: list = []
         self._loaded: dict[str, Game] = {}
         self._workers: list = []
@@ -106,6 +111,20 @@ def find_root(config: Config) -> tuple[Path, str]:
     if root is not None:
         return root, why
     return generated_root(config.env.generated, config.env.generated_seed), why
+
+
+def about(root: Path) -> str:
+    """Whether a folder's games are real or generated, wherever it lies: tables must say so."""
+    from gcdlite.envs.alfworld.generate import MANIFEST
+
+    manifest = root / MANIFEST
+    if not manifest.is_file():
+        return "real games"
+    try:
+        made = json.loads(manifest.read_text())
+        return f"{made['complete']} generated games, seed {made['seed']}"
+    except (ValueError, KeyError):
+        return "generated games"
 
 
 def generated_root(n: int, seed: int) -> Path:

@@ -164,6 +164,9 @@ def believe(pairs: Sequence[tuple[str, str]], observation: str) -> Belief:
 def advise(goal: Goal, belief: Belief, admissible: Sequence[str], prior: Prior) -> tuple[str, str]:
     """(thought, command) of the expert: finish what is at hand, else go on searching.
 
+    Each thought names what is sought or held before it says what follows: whether a thing just named is in sight can be
+    looked up in one step, and a small model that had to decide first answered by habit, without looking (LOG.md).
+
     `admissible` shows which places exist (`go to …`), what the hands hold and how the engine spells its verbs.
     """
     can = set(admissible)
@@ -216,10 +219,10 @@ def advise(goal: Goal, belief: Belief, admissible: Sequence[str], prior: Prior) 
     if held:
         if goal.kind == "light":
             if lamps := [c for c in admissible if c.startswith(f"use {goal.recep} ")]:
-                return f"have {held}. {lamps[0][4:]} is here, use it.", lamps[0]
+                return f"have {held}. need {goal.recep}. {lamps[0][4:]} is here, use it.", lamps[0]
             for place, items in belief.contents.items():
                 if any(type_of(i) == goal.recep for i in items) and f"go to {place}" in can:
-                    return f"have {held}. {goal.recep} is on {place}. go to {place}.", f"go to {place}"
+                    return f"have {held}. need {goal.recep}. it is on {place}. go to {place}.", f"go to {place}"
             thought, command = search(goal.recep)
             return f"have {held}. {thought}", command
         if goal.kind in _APPLIANCE and belief.done_to.get(held) != goal.kind:
@@ -248,11 +251,11 @@ def advise(goal: Goal, belief: Belief, admissible: Sequence[str], prior: Prior) 
     for command in admissible:
         if match := re.match(r"take ([a-z]+ \d+) from ([a-z]+ \d+)$", command):
             if wanted(match[1], match[2]):
-                return f"{match[1]} is on {match[2]}. take it.", command
+                return f"need {goal.obj}. {match[1]} is on {match[2]}. take it.", command
     for place, items in belief.contents.items():
         item = next((i for i in sorted(items) if wanted(i, place)), None)
         if item and f"go to {place}" in can:
-            return f"{item} is on {place}. go to {place}.", f"go to {place}"
+            return f"need {goal.obj}. {item} is on {place}. go to {place}.", f"go to {place}"
     return search(goal.obj)
 
 

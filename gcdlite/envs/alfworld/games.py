@@ -54,6 +54,11 @@ def find_games(root: Path, split: str, types: Sequence[str]) -> list[Task]:
 
     `root` holds `json_2.1.1`. Raises UserError when the split's folder is missing or a game file is broken.
     """
+    return [task for task in _games(root, split, types) if _solvable(Path(task.path))]
+
+
+def _games(root: Path, split: str, types: Sequence[str]) -> list[Task]:
+    """Those and the unsolvable ones."""
     folder = Path(root) / DATA_FOLDER / split
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: set env.data or ALFWORLD_DATA to the folder that holds {DATA_FOLDER}/{split}")
@@ -64,7 +69,7 @@ def find_games(root: Path, split: str, types: Sequence[str]) -> list[Task]:
             continue
         for trial in sorted(os.listdir(folder / goal)):
             path = folder / goal / trial / "game.tw-pddl"
-            if path.is_file() and _solvable(path):
+            if path.is_file():
                 tasks.append(Task(id=f"{split}/{goal}/{trial}", type=kind, path=str(path)))
     return tasks
 
@@ -93,7 +98,13 @@ def level_tasks(root: Path, level: str, protocol: str = "single") -> list[Task]:
     split, types = levels[level]
     tasks = find_games(root, split, types)
     if not tasks:
-        raise UserError(f"no games for {level} ({', '.join(types)}) in {Path(root) / DATA_FOLDER / split}")
+        folder = Path(root) / DATA_FOLDER / split
+        if unsolvable := len(_games(root, split, types)):
+            raise UserError(
+                f"no games for {level}: none of the {unsolvable} in {folder} is marked as solvable; download or generate the games again, or "
+                "let env.data name other ones"
+            )
+        raise UserError(f"no games for {level} ({', '.join(types)}) in {folder}")
     return tasks
 
 
@@ -121,7 +132,10 @@ def data_root(configured: str | None) -> tuple[Path | None, str]:
 
     Looked for in the configured folder, then in ALFWORLD_DATA, then where `alfworld-download` puts them. Raises
     UserError when one of the first two is given and holds no games: falling back would hide a typing error.
+    `generated` asks for generated games, whatever is installed.
     """
+    if configured == "generated":
+        return None, "generated games"
     for name, value in (("env.data", configured), ("ALFWORLD_DATA", os.environ.get("ALFWORLD_DATA"))):
         if value:
             folder = Path(os.path.expandvars(value)).expanduser()

@@ -7,11 +7,11 @@ its own commands, or ends with the cause.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from gcdlite.config import Config, threads
+from gcdlite.envs.base import room_for
 from gcdlite.envs.scienceworld.experts import GoldPaths, Progress
 from gcdlite.envs.scienceworld.game import Game
 from gcdlite.envs.scienceworld.jvm import EngineError, Jvm, installed_version, java_path
@@ -23,17 +23,8 @@ JVM_BYTES = 400e6  # resident memory of a machine after some hundred episodes, a
 
 
 def machines(config: Config) -> int:
-    """How many Java machines: `env.jvms`, else four a core, in at most half of the machine's memory.
-
-    It depends on the machine and not on what else runs on it, so that a run that goes on plays as it began.
-    """
-    if config.env.jvms:
-        return config.env.jvms
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):  # Windows does not tell
-        memory = 8e9
-    return max(1, min(4 * threads(config), int(memory / 2 / JVM_BYTES)))
+    """How many Java machines: `env.jvms`, else four a core, in at most half of the machine's memory."""
+    return config.env.jvms or min(4 * threads(config), room_for(JVM_BYTES))
 
 
 def about(config: Config) -> str:
@@ -66,6 +57,8 @@ class _Place:
 
 class ScienceWorldPool:
     """Episodes side by side, at most `capacity` at a time."""
+
+    slow = True
 
     def __init__(self, config: Config):
         """Raises UserError when Java or the simulator is missing."""
