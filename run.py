@@ -542,13 +542,14 @@ def announce(config: Config, folder: Path, settings: str, games: str) -> None:
 
     cuda = torch.cuda.is_available()
     weights = "full precision" if config.model.quantization == "none" else "4-bit NF4"
+    judge = "gcd" if config.gcd.head == "generative" else "a value head"
     lines = {
         "settings": settings,
         "model": f"{config.model.name} ({weights}, LoRA rank {config.lora.r})",
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {threads(config)} threads; with a CUDA GPU: --model qwen2.5-1.5b",
         "games": games + ("; for the real ones: alfworld-download, or set ALFWORLD_DATA" if games.endswith("generated") else ""),
         "method": config.algo.name
-        + (f" + gcd, labeller {config.gcd.labeller}" if config.gcd.enabled else "; --gcd adds the judgment task" if config.iterations else "")
+        + (f" + {judge}, labeller {config.gcd.labeller}" if config.gcd.enabled else "; --gcd adds the judgment task" if config.iterations else "")
         + (f", suggestions by {config.gcd.suggest_by} every {config.gcd.suggest_every} iterations" if config.gcd.suggest else ""),
         "size": f"{config.iterations} iterations of {config.rollout.groups} games x {config.rollout.group_size} episodes, seed {config.seed}"
         if config.iterations

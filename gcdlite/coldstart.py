@@ -1,6 +1,7 @@
 """Cold start: expert episodes and judgments in, a model that knows the format and something of the task out.
 
-`adapter` trains a LoRA adapter on any model (SPEC: 200 expert episodes, 100 judgments, 5 epochs). `from_scratch` is
+`adapter` trains a LoRA adapter on any model (SPEC: 200 expert episodes, 100 judgments, 5 epochs); `coldstart.variant` says
+what stands beside the expert's turns (new paper, Table 6; old paper, Table 3 and Fig. 7). `from_scratch` is
 where nano's shipped weights come from: base training on the language of all six task types (random play, no expert),
 then the cold start on the in-domain types only, so that L2 stays a fair test.
 """
@@ -8,7 +9,6 @@ then the cold start on the in-domain types only, so that L2 stays a fair test.
 from __future__ import annotations
 
 import json
-import math
 import random
 import re
 import sys
@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from gcdlite import envs, prompts
+from gcdlite import envs, prompts, sft
 from gcdlite.backbone import plain
 from gcdlite.config import Config
 from gcdlite.envs import closing
@@ -40,6 +40,7 @@ from gcdlite.records import Suggestion, Task, UserError
 
 MADE = "made.json"  # how weights were made, in their folder
 SHORT_LIST = 6  # commands listed in nano's first lessons
+WARMUP = 20  # optimizer steps, of an adapter's cold start
 
 
 @dataclass
@@ -48,18 +49,20 @@ class Example:
 
     prompt: str
     response: str
-    kind: str  # "random", "expert" or "judgment"
+    kind: str  # "random", "expert", "judgment", "future" or "value"
+    label: int | None = None  # of kind "value": 1 good, 0 bad; what the value head is to say of the response, which is not learned
 
 
 @dataclass
 class Style:
-    """What the prompts look like: must be the run's own settings."""
+    """What the examples look like: prompts must be the run's own."""
 
     prompt: str = "brief"
     history: int = 2
     max_turns: int = 30
     commands: int | None = None  # how many admissible commands to list; None: all, as the agent will see them
     tags: bool = False  # rlvmr: thoughts name their kind
+    variant: str = "judge"  # what stands beside the expert's turns
 
     def listed(self, admissible: Sequence[str], needed: str, rng: random.Random) -> list[str]:
         """The list to show: for a first lesson it is cut, but never by the command that is needed."""
@@ -114,8 +117,9 @@ def expert_examples(
     """Play games and write down what the expert would do at every turn, also where play has left its way.
 
     `deviate` is the chance that a turn plays something else than what the expert says (the label stays the expert's),
-    `judge` the chance that a turn also becomes a judgment example, labelled by the oracle, `hints` the chance that an
-    episode's prompts show some of our golden rules, so that a block of suggestions is nothing new in training.
+    `judge` the chance that a turn also becomes an example of the style's variant, as a rule a judgment, labelled by the
+    oracle, `hints` the chance that an episode's prompts show some of our golden rules, so that a block of suggestions is
+    nothing new in training.
     """
     for task in tasks:
         game = Game(task.path, plan=judge > 0)
@@ -171,15 +175,22 @@ def outline(goal: Goal) -> str:
 
 
 def judgment_example(game, seen, prompt, thought, command, thing, last, style: Style, rng: random.Random, tag: str) -> Example | None:
-    """A turn to judge, with the oracle's verdict and the expert's reasons; None when the oracle has no opinion."""
+    """A turn to judge, with the oracle's verdict and the expert's reasons; None when the oracle has no opinion.
+
+    Of the same turns, the variant `value` takes the bare label, and `future` what is observed after them.
+    """
     action, why = command, thought
     if rng.random() < 0.6:
         action = deviation(seen.admissible, last, rng)
         why = thought if rng.random() < 0.3 else explain(action, thing)
     after = game.copy().step(action)
+    if style.variant == "future":
+        return Example(prompts.future_prompt(style.prompt, prompt, action), after.text, "future")
     value = verdict(seen.plan, after.plan, after.revealed)
     if value is None:
         return None
+    if style.variant == "value":
+        return Example(prompt, prompts.answer(why, action, tag), "value", value)
     rate = rng.choice((10, 20, 30, 40, 50, 60, 70, 80, 90)) / 100
     question = prompts.judge_prompt(style.prompt, prompt, prompts.answer(why, action, tag), rate)
     return Example(question, _judged(thought, command, action, value), "judgment")
@@ -304,20 +315,30 @@ def main(config: Config, folder: Path) -> None:
 
 
 def adapter(config: Config, folder: Path) -> None:
-    """Train a fresh LoRA adapter on expert play and judgments; `model.adapter=folder/adapter` starts RL from it."""
+    """Train a fresh LoRA adapter on expert play and the variant's examples; `model.adapter=folder/adapter` starts RL from it."""
     cfg, dice, started = config.coldstart, random.Random(config.seed), time.perf_counter()
+    if cfg.variant == "value":
+        config = config.model_copy(update={"gcd": config.gcd.model_copy(update={"head": "value"})})
     policy = Policy(config)
     examples = science_lessons(config, dice, policy.count) if config.env.name == "scienceworld" else _alfworld_lessons(config, dice)
     rows = [encode(policy.tokenizer, e) for e in examples]
-    print(f"cold start: {cfg.trajectories} expert episodes, {cfg.judgments} judgments, {sum(len(r) for r, _ in rows)} tokens, {cfg.epochs} epochs")
-    fit(
-        policy.model, [rows] * cfg.epochs, lr=cfg.lr, batch_tokens=cfg.batch_tokens, prompt_weight=0.0, warmup=20,
-        pad=policy.tokenizer.pad_token_id, seed=config.seed, report=_report,
-    )  # fmt: skip
+    beside = sum(e.kind != "expert" for e in examples)
+    print(
+        f"cold start ({cfg.variant}): {cfg.trajectories} expert episodes, {len(rows) - beside} turns, and {beside} examples beside them; "
+        f"{sum(len(r) for r, _ in rows)} tokens, {cfg.epochs} epochs",
+        flush=True,
+    )
+    shuffle = random.Random(config.seed)
+    batches = [batch for _ in range(cfg.epochs) for batch in _batches(rows, cfg.batch_tokens, shuffle)]
+    if cfg.variant == "value":
+        labels = [e.label for e in examples]
+        sft.tune_with_head(policy, rows, labels, batches, lr=cfg.lr, warmup=WARMUP, weight=config.gcd.weight, report=_report)
+    else:
+        sft.tune(policy, rows, batches, lr=cfg.lr, warmup=WARMUP, folder=folder, seed=config.seed, report=_report)
     folder.mkdir(parents=True, exist_ok=True)
     policy.save_adapter(folder / "adapter")
     (folder / "adapter" / MADE).write_text(json.dumps(_made(config, started), indent=1) + "\n")
-    chosen = "--algo rlvmr " if config.algo.tagged else ""
+    chosen = ("--algo rlvmr " if config.algo.tagged else "") + ("--gcd gcd.head=value " if cfg.variant == "value" else "")
     print(f"adapter: {folder / 'adapter'}; train from it with: python run.py {chosen}model.adapter={folder / 'adapter'}")
 
 
@@ -387,8 +408,9 @@ def _alfworld_lessons(config: Config, dice: random.Random) -> list[Example]:
 
 
 def science_lessons(config: Config, dice: random.Random, count: Callable[[str], int]) -> list[Example]:
-    """`trajectories` gold paths of ScienceWorld's training fold that win within the turns, and judgments on such play
-    with random commands in between, labelled by the oracle. `count` counts tokens, for the budget of a room's text.
+    """`trajectories` gold paths of ScienceWorld's training fold that win within the turns, and judgments (or what the
+    variant has in their place) on such play with random commands in between, labelled by the oracle, half of them good.
+    `count` counts tokens, for the budget of a room's text.
 
     Raises UserError when too few paths win, EngineError when the simulator fails.
     """
@@ -401,32 +423,41 @@ def science_lessons(config: Config, dice: random.Random, count: Callable[[str], 
             style.prompt, lesson.description, len(before), history, text, lesson.before.admissible, objects=things
         )
 
+    def beside(t: Lesson, asked: str, value: int) -> Example:
+        if style.variant == "future":  # what the simulator said; after that, the prompt of the next turn repeats the whole room
+            return Example(prompts.future_prompt(style.prompt, asked, t.action), t.after.brief, "future")
+        response = prompts.answer(t.thought, t.action)
+        if style.variant == "value":
+            return Example(asked, response, "value", value)
+        rate = dice.choice((10, 20, 30, 40, 50, 60, 70, 80, 90)) / 100
+        question = prompts.judge_prompt(style.prompt, asked, response, rate)
+        return Example(question, _judged(t.thought, t.better, t.action, value), "judgment")
+
+    wanted = 0 if cfg.variant == "vanilla" else cfg.judgments
     examples: list[Example] = []
     judged: dict[int, list[Example]] = {0: [], 1: []}
     with Lessons(config.env) as lessons:
         for number, turns in enumerate(lessons.episodes(cfg.trajectories, dice)):
             examples += [Example(prompt(t, turns[:i]), prompts.answer(t.thought, t.action), "expert") for i, t in enumerate(turns)]
             print(f"gold path {number + 1} of {cfg.trajectories}: {turns[0].description} ({len(turns)} actions)", flush=True)
-        for turns in lessons.episodes(4 * cfg.trajectories if cfg.judgments else 0, dice, stray=max(cfg.deviate, 0.5)):
+        for turns in lessons.episodes(4 * cfg.trajectories if wanted else 0, dice, stray=max(cfg.deviate, 0.5)):
             for i, t in enumerate(turns):
                 value = verdict(t.before.plan, t.after.plan, t.after.revealed)
-                if value is not None and len(judged[value]) < (cfg.judgments + value) // 2:
-                    rate = dice.choice((10, 20, 30, 40, 50, 60, 70, 80, 90)) / 100
-                    question = prompts.judge_prompt(style.prompt, prompt(t, turns[:i]), prompts.answer(t.thought, t.action), rate)
-                    judged[value].append(Example(question, _judged(t.thought, t.better, t.action, value), "judgment"))
-            if sum(map(len, judged.values())) == cfg.judgments:
+                if value is not None and len(judged[value]) < (wanted + value) // 2:
+                    judged[value].append(beside(t, prompt(t, turns[:i]), value))
+            if sum(map(len, judged.values())) == wanted:
                 break
-    print(f"{len(judged[1])} good and {len(judged[0])} bad turns to judge, of {cfg.judgments} wanted", flush=True)
+    print(f"{len(judged[1])} good and {len(judged[0])} bad turns to judge, of {wanted} wanted", flush=True)
     return examples + judged[0] + judged[1]
 
 
 def _expert_lessons(config: Config, tasks: Sequence[Task], prior: Prior, dice: random.Random) -> list[Example]:
-    """The cold start's examples: `trajectories` expert episodes, and judgments from other games."""
+    """The cold start's examples: `trajectories` expert episodes, and the variant's examples from other games."""
     cfg, style = config.coldstart, _style(config)
     chosen = [dice.choice(tasks) for _ in range(cfg.trajectories)]
     examples = list(expert_examples(chosen, prior, style, dice, deviate=cfg.deviate, hints=cfg.hints))
-    judged = (e for e in expert_examples(laps(tasks, dice), prior, style, dice, deviate=0.3, judge=0.3) if e.kind == "judgment")
-    return examples + list(islice(judged, cfg.judgments))
+    judged = (e for e in expert_examples(laps(tasks, dice), prior, style, dice, deviate=0.3, judge=0.3) if e.kind != "expert")
+    return examples + list(islice(judged, 0 if cfg.variant == "vanilla" else cfg.judgments))
 
 
 def _train(config: Config, model: nn.Module, tokenizer, phases: Sequence[Sequence[Example]], rate: float) -> None:
@@ -442,7 +473,7 @@ def _style(config: Config, commands: int | None = None) -> Style:
     """How the run's own prompts look."""
     window = config.env.history_length
     history = config.env.max_turns if window == "full" else window
-    return Style(config.model.prompt, history, config.env.max_turns, commands, config.algo.tagged)
+    return Style(config.model.prompt, history, config.env.max_turns, commands, config.algo.tagged, config.coldstart.variant)
 
 
 def laps(tasks: Sequence[Task], dice: random.Random) -> Iterable[Task]:
@@ -495,10 +526,7 @@ def fit(
     causal = plain(model)
     total = len(batches)
 
-    def rate(step: int) -> float:
-        return min((step + 1) / warmup, floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / total)))
-
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, rate) for o in optimizers]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: sft.rate(step, total, warmup, floor)) for o in optimizers]
     model.train()
     start, tokens = time.perf_counter(), 0
     for step, batch in enumerate(batches):

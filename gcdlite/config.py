@@ -151,6 +151,9 @@ class Gcd(Section):
     agree: Positive = Field(4, description="equal votes that make a label (the papers' 4)")
     turns: Annotated[int, Field(ge=2)] = Field(30, description="labelled turns judged an iteration, half good and half bad")
     balance: bool = Field(True, description="as many good as bad turns; false: as they come, which teaches the judge the commoner verdict")
+    head: Literal["generative", "value"] = Field(
+        "generative", description="how turns are judged: in words, or by a linear value head on the last hidden state (the papers' negative control)"
+    )
     group_size: Annotated[int, Field(ge=2)] = Field(8, description="judgments sampled for each of them")
     weight: Rate = Field(1.0, description="lambda in L = L_GRPO + lambda L_GCD")
     update: Literal["joint", "separate"] = Field("joint", description="one optimizer step for both losses, or one each")
@@ -175,6 +178,8 @@ class Gcd(Section):
             raise ValueError(f"agree={self.agree} of votes={self.votes} decides nothing; it must be more than half of the votes, and no more than all")
         if self.suggest and not self.enabled:
             raise ValueError("suggestions come from judgments, which are off; add --gcd (gcd.enabled=true), or take --suggest away")
+        if self.suggest and self.head == "value":
+            raise ValueError("suggestions come from judgments in words, and head=value writes none; take --suggest away, or set gcd.head=generative")
         return self
 
 
@@ -220,8 +225,11 @@ class Checkpoint(Section):
 
 
 class Coldstart(Section):
+    variant: Literal["vanilla", "judge", "future", "value"] = Field(
+        "judge", description="beside expert play: nothing; judgments; the next observation to predict; or labelled turns for a value head (docs/methods.md)"
+    )
     trajectories: Positive = Field(200, description="expert episodes shown")
-    judgments: NonNegative = Field(100, description="judgment examples beside them")
+    judgments: NonNegative = Field(100, description="examples of the variant beside them: judgments, observations to predict, or labelled turns")
     deviate: Share = Field(0.1, description="chance that a turn plays something else than the expert says; its label stays the expert's")
     hints: Share = Field(0.0, description="share of the expert episodes whose prompts show golden rules (ALFWorld's)")
     epochs: Positive = Field(5, description="passes over the examples")
@@ -236,6 +244,12 @@ class Coldstart(Section):
     scratch_lr: Annotated[float, Field(gt=0)] = Field(2e-3, description="from scratch: AdamW's learning rate, for embeddings and norms")
     muon_lr: Annotated[float, Field(gt=0)] = Field(0.02, description="from scratch: Muon's learning rate, for the layers' matrices")
     cold_rate: Annotated[float, Field(gt=0)] = Field(0.3, description="from scratch: factor on both learning rates after base training")
+
+    @model_validator(mode="after")
+    def _a_head_lies_beside_an_adapter(self) -> Coldstart:
+        if self.from_scratch and self.variant == "value":
+            raise ValueError("variant=value trains an adapter and a value head, no whole model: add coldstart.from_scratch=false")
+        return self
 
 
 class Config(Section):

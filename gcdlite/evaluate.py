@@ -13,6 +13,7 @@ from gcdlite.config import Config
 from gcdlite.envs.alfworld.games import stratified
 from gcdlite.envs.base import Pool
 from gcdlite.gcd import judge as judging
+from gcdlite.gcd import value
 from gcdlite.gcd.labels import label
 from gcdlite.policy import Policy
 from gcdlite.records import Episode
@@ -37,8 +38,8 @@ def evaluate(policy: Policy, pool: Pool, level: str, config: Config, batch: int 
 
     `eval/L0` is the share of won games, `/low` and `/high` its Wilson interval, `/n` their number, `/type/<type>` the
     share by task type; an episode whose environment failed counts in `/errors` only. With `eval.judge_turns` the policy
-    judges that many of its own turns, half of them good and half bad by the oracle, greedily. Nothing here touches the
-    training's random states.
+    judges that many of its own turns, half of them good and half bad by the oracle, greedily, or its value head does.
+    Nothing here touches the training's random states.
     """
     tasks = pool.tasks(level)
     if config.eval.limit:
@@ -54,10 +55,13 @@ def evaluate(policy: Policy, pool: Pool, level: str, config: Config, batch: int 
         out[f"{name}/{key}"] = played[f"rollout/{key}"]
     if config.eval.judge_turns:
         targets = judging.select(label(sound(episodes), "oracle"), [], config.eval.judge_turns, random.Random(config.seed))
-        judgments = judging.judge(
-            policy, targets, group_size=1, success_rate=out[name], style=config.model.prompt,
-            max_new_tokens=config.gcd.max_new_tokens, temperature=0.0, rng=rng,
-        )  # fmt: skip
+        if policy.value_head:
+            judgments = value.classify(policy, targets)
+        else:
+            judgments = judging.judge(
+                policy, targets, group_size=1, success_rate=out[name], style=config.model.prompt,
+                max_new_tokens=config.gcd.max_new_tokens, temperature=0.0, rng=rng,
+            )  # fmt: skip
         out |= {f"{name}/judge_{key}": value for key, value in judging.accuracy(judgments).items()}
         out[f"{name}/judge_n"] = len(judgments)
     return out, episodes

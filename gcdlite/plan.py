@@ -414,7 +414,7 @@ def calibrate(config: Config, say: Callable[[str], None] = print) -> dict[str, f
         if sample * len(few) > 10:
             break
 
-    judged = config.gcd.turns * config.gcd.group_size if config.gcd.enabled else 0
+    judged = config.gcd.turns * config.gcd.group_size if config.gcd.enabled and config.gcd.head == "generative" else 0
     longer = config.gcd.max_new_tokens / config.rollout.max_new_tokens
     evaluations = config.eval.before + 1 + ((config.steps - 1) // config.eval.every if config.eval.every else 0)
     games = sum(min(n, config.eval.limit or n) for n in counts.values())

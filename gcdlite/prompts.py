@@ -110,6 +110,20 @@ JUDGE_SLOTS = {
     "brief": ("Prompt:", "Answer:"),
 }
 
+# The cold start's `future` variant: what will be seen after a command?
+FUTURE = {
+    "full": (
+        "An agent works through {kind} tasks, one command a turn. Below are the prompt of one of its turns and the command that it sends. "
+        "Write what it will read next: the answer of its surroundings to that command, in their own words, and nothing else."
+    ),
+    "brief": "What is seen next? Answer in the words of the game.",
+}
+
+FUTURE_SLOTS = {
+    "full": ("===== The agent's prompt", "===== The agent's command"),
+    "brief": ("Prompt:", "Command:"),
+}
+
 DISTIL = {
     "full": (
         "An agent that works through tasks in a simulated home, one command a turn, was given the advice listed below. "
@@ -250,9 +264,19 @@ def judge_prompt(style: str, prompt: str, response: str, success_rate: float) ->
     `prompt` is the turn's own prompt without the suggestion block, `success_rate` the agent's measured recent one.
     """
     shown, given = JUDGE_SLOTS[style]
-    kind = "science" if prompt.startswith(SCIENCE[style]) else "household"
-    head = JUDGE[style].format(rate=round(100 * success_rate), kind=kind)
+    head = JUDGE[style].format(rate=round(100 * success_rate), kind=_kind(style, prompt))
     return f"{head}\n{shown}\n{prompt}\n{given}\n{response}"
+
+
+def future_prompt(style: str, prompt: str, action: str) -> str:
+    """The user message that asks what will be observed after an action, given the turn's prompt."""
+    shown, given = FUTURE_SLOTS[style]
+    return f"{FUTURE[style].format(kind=_kind(style, prompt))}\n{shown}\n{prompt}\n{given}\n{action}"
+
+
+def _kind(style: str, prompt: str) -> str:
+    """Which sort of tasks a turn's prompt is from."""
+    return "science" if prompt.startswith(SCIENCE[style]) else "household"
 
 
 def judgment(thought: str, verdict: int, better: str, advice: str) -> str:

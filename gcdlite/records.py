@@ -156,3 +156,4 @@ class Sample:
     unit: int = 0  # samples of one episode (or one judged turn) share it: they stay in one minibatch
     old_values: list[float] | None = None  # ppo only
     returns: list[float] | None = None  # ppo only
+    label: int | None = None  # gcd.head=value only: what the value head is to say of this turn; its tokens are not trained

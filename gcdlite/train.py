@@ -21,7 +21,7 @@ from gcdlite.evaluate import evaluate
 from gcdlite.gcd import api as apis
 from gcdlite.gcd import judge as judging
 from gcdlite.gcd import suggest as suggesting
-from gcdlite.gcd import votes
+from gcdlite.gcd import value, votes
 from gcdlite.gcd.labels import label
 from gcdlite.policy import Policy
 from gcdlite.records import Group, Sample, Task
@@ -161,7 +161,8 @@ def judge_turns(
     iteration: int,
     success_rate: float,
 ) -> tuple[list[Sample], dict[str, float]]:
-    """Label this iteration's turns, select as many good as bad ones, let the policy judge them: (samples, metrics)."""
+    """Label this iteration's turns, select as many good as bad ones, let the policy or its value head judge them:
+    (samples, metrics)."""
     cfg, episodes = config.gcd, advantages.all_episodes(groups)
     asked = votes.voters(cfg.labeller)
     places = votes.draw(episodes, cfg.ask, state.dice) if asked else []  # else other runs would draw other numbers
@@ -172,15 +173,19 @@ def judge_turns(
     stats["gcd/selected"] = len(targets)
     recent = [t for t in state.pool if t.iteration > iteration - cfg.pool]
     state.pool = keep(recent, fresh, cfg.turns, cfg.pool, state.dice)
-    judgments = judging.judge(
-        policy, targets, group_size=cfg.group_size, success_rate=success_rate, style=config.model.prompt,
-        max_new_tokens=cfg.max_new_tokens, temperature=config.rollout.temperature, rng=state.rng,
-    )  # fmt: skip
+    if policy.value_head:
+        judgments, samples = value.classify(policy, targets), value.samples_of(targets)
+    else:
+        judgments = judging.judge(
+            policy, targets, group_size=cfg.group_size, success_rate=success_rate, style=config.model.prompt,
+            max_new_tokens=cfg.max_new_tokens, temperature=config.rollout.temperature, rng=state.rng,
+        )  # fmt: skip
+        samples = judging.judgment_samples(judgments, cfg.group_size)
     stats |= {f"gcd/{key}": value for key, value in judging.accuracy(judgments).items()}
     if cfg.suggest:
         state.notes = (state.notes + suggesting.notes_of(judgments, config.model.prompt))[-suggesting.KEPT :]
         stats["gcd/suggestion"] = state.suggestion.version
-    return judging.judgment_samples(judgments, cfg.group_size), stats
+    return samples, stats
 
 
 def keep(recent: list, fresh: list, turns: int, iterations: int, dice: random.Random) -> list:
@@ -274,6 +279,7 @@ def summarise(config: Config, log: RunLog, training_seconds: float, wall_seconds
     summary = {
         "environment": config.env.name, "environment_note": note, "protocol": config.env.protocol, "model": config.model.name,
         "algorithm": config.algo.name, "gcd": config.gcd.enabled, "labeller": config.gcd.labeller if config.gcd.enabled else None,
+        "head": config.gcd.head if config.gcd.enabled else None,
         "suggest_by": config.gcd.suggest_by if config.gcd.suggest else None,
         "seed": config.seed, "steps": config.iterations, "eval_temperature": config.eval.temperature,
         "inadmissible_cost": config.reward.inadmissible * config.reward.success, "reward": config.reward.kind, "levels": levels,

@@ -1,7 +1,8 @@
 """One iteration's optimizer steps: samples in, a trained adapter and statistics out.
 
 L = L_policy + lambda * L_judgment, each averaged over its own response tokens. The same clipped loss and the same KL
-serve both streams; `joint` adds both gradients before one optimizer step, `separate` takes a step for each.
+serve both streams; `joint` adds both gradients before one optimizer step, `separate` takes a step for each. Where a value
+head judges, L_judgment is its cross-entropy, averaged over turns.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from gcdlite.config import Config
+from gcdlite.gcd import value
 from gcdlite.losses import clipped_policy_loss, k3, token_weights
 from gcdlite.packing import logprobs, pack
 from gcdlite.policy import Policy
@@ -115,7 +117,7 @@ def _gradients(policy, samples, batch, reference, config: Config) -> tuple[dict[
     weights: dict[int, float] = {}  # sample -> weight of each of its tokens in the loss
     counts: dict[str, int] = {}
     for stream in STREAMS:
-        mine = [i for i in batch if samples[i].stream == stream]
+        mine = [i for i in batch if samples[i].stream == stream and samples[i].label is None]
         lengths = [len(samples[i].response_ids) for i in mine]
         limit = config.rollout.max_new_tokens if stream == "policy" else config.gcd.max_new_tokens
         if mine:
@@ -124,7 +126,7 @@ def _gradients(policy, samples, batch, reference, config: Config) -> tuple[dict[
     device = policy.device
     sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=device))
     # Without KL a sample of zero advantage has no gradient; it counts in the denominator above, and that is all.
-    active = [i for i in batch if reference is not None or any(samples[i].advantages)]
+    active = [i for i in batch if i in weights and (reference is not None or any(samples[i].advantages))]
     for p in make_packs(policy, [samples[i] for i in active], config):
         mine = [active[k] for k in p.samples]
         new = logprobs(policy.model, p, config.rollout.temperature).logprobs  # (N,)
@@ -149,6 +151,10 @@ def _gradients(policy, samples, batch, reference, config: Config) -> tuple[dict[
             sums["loss/judgment"] += (weighted * is_judgment).sum()
             sums["clip_share"] += ((new - old).exp() - 1).abs().gt(cfg.clip).sum()
             sums["evaluated"] += len(new)
+    labelled = [samples[i] for i in batch if samples[i].label is not None]
+    if labelled:
+        counts["judgment"] = 0
+        sums["loss/judgment"] = value.backward(policy, labelled, config.gcd.weight)
     return sums, counts
 
 

@@ -163,17 +163,20 @@ WITHOUT_TRAINING = {
 
 
 def method(config: Config) -> str:
-    """The algorithm in words. With the engine's own knowledge as labels it is an upper bound, and never called GCD."""
+    """The algorithm in words. With the engine's own knowledge as labels it is an upper bound, and never called GCD; nor
+    is a value head."""
     gcd = config.gcd
-    return method_name(config.algo.name, gcd.labeller if gcd.enabled else None, gcd.suggest_by if gcd.suggest else None)
+    return method_name(config.algo.name, gcd.labeller if gcd.enabled else None, gcd.suggest_by if gcd.suggest else None, gcd.head)
 
 
-def method_name(algorithm: str, labeller: str | None, suggest_by: str | None = None) -> str:
+def method_name(algorithm: str, labeller: str | None, suggest_by: str | None = None, head: str | None = None) -> str:
     if labeller is None:
         return WITHOUT_TRAINING.get(algorithm, algorithm)
     labels = f"{labeller} labels" + (f", {suggest_by} suggestions" if suggest_by else "")
     if "oracle" in labeller:
-        return f"{algorithm} + judge on {labels} (upper bound)"
+        return f"{algorithm} + {'value head' if head == 'value' else 'judge'} on {labels} (upper bound)"
+    if head == "value":
+        return f"{algorithm} + value head ({labels})"
     return f"{algorithm} + {'gcd_sugg' if suggest_by else 'gcd'} ({labels})"
 
 
@@ -421,7 +424,7 @@ def closing_table(summary: dict[str, Any]) -> RenderableType:
     about = [
         f"{summary['environment']}, protocol {summary['protocol']}",
         Path(summary["model"]).name,
-        method_name(summary["algorithm"], summary["labeller"], summary.get("suggest_by")),
+        method_name(summary["algorithm"], summary["labeller"], summary.get("suggest_by"), summary.get("head")),
     ]
     how = f"seed {summary['seed']} · {summary['steps']} iterations · evaluated {decoding(summary['eval_temperature'])}"
     table = result_table(["level", "before", "after", "change", "judge"])

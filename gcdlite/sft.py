@@ -1,0 +1,134 @@
+"""Supervised training of an adapter: rows of tokens and their batches in, a trained policy out.
+
+`tune` hands the rows to TRL's `SFTTrainer`; `tune_with_head` is an own loop for the cold start's `value` variant. Both
+take the steps that they are given, in order: AdamW, gradients clipped at 1, warm-up and then cosine to 5 %.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from gcdlite.gcd import value
+from gcdlite.packing import logprobs
+from gcdlite.policy import Policy
+from gcdlite.records import Sample, UserError
+from gcdlite.update import make_packs
+
+Row = tuple[list[int], int]  # token ids, and where the response begins
+Batches = Sequence[Sequence[int]]  # indices of the rows of each optimizer step
+Report = Callable[[int, int, float, float], None]  # step, steps in all, loss, tokens a second
+
+
+def rate(step: int, total: int, warmup: int, floor: float = 0.05) -> float:
+    """Share of the learning rate at a step, counted from 0: the lower one of a linear warm-up and a cosine to `floor`.
+
+    >>> [round(rate(step, 100, 20), 3) for step in (0, 9, 50, 100)]
+    [0.05, 0.5, 0.525, 0.05]
+    """
+    return min((step + 1) / warmup, floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / total)))
+
+
+def tune(policy: Policy, rows: Sequence[Row], batches: Batches, *, lr: float, warmup: int, folder: Path, seed: int, report: Report) -> None:
+    """Train the policy's adapter on the responses of the rows, by TRL's `SFTTrainer`.
+
+    The loss is the mean over a step's response tokens; prompt tokens are only read. The trainer gets the policy's own
+    model and adapter, rows of token ids (the prompt must be what `Policy.encode` makes of it in RL, to the token), our
+    optimizer and schedule, and batches of like lengths under a token budget in place of a fixed number of rows. It
+    leaves nothing in `folder`, where the caller saves the adapter.
+
+    Raises UserError where `lora.targets` has lm_head, whose adapter TRL would leave out of its loss.
+    """
+    from datasets import Dataset
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from torch.utils.data import DataLoader
+    from transformers import PrinterCallback, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    if isinstance(policy.model.get_output_embeddings(), BaseTunerLayer):
+        raise UserError("the cold start cannot train an adapter on lm_head: take it out of lora.targets")
+
+    class Trainer(SFTTrainer):
+        def get_train_dataloader(self) -> DataLoader:
+            return DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
+
+    class Reporter(TrainerCallback):
+        def on_train_begin(self, *_, **__) -> None:
+            self.started = time.perf_counter()
+
+        def on_log(self, args, state, control, logs, **_) -> None:
+            if "loss" in logs and _shown(state.global_step - 1, len(batches)):
+                report(state.global_step - 1, len(batches), logs["loss"], logs["num_tokens"] / (time.perf_counter() - self.started))
+
+    settings = SFTConfig(
+        output_dir=str(folder), use_cpu=policy.device.type == "cpu", seed=seed, num_train_epochs=1, max_grad_norm=1.0,
+        max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, logging_steps=1, save_strategy="no", report_to="none",
+        disable_tqdm=True, dataloader_pin_memory=False,
+        # Both are on by default: `Policy` has switched checkpointing on where it is wanted, and chosen the dtype.
+        gradient_checkpointing=False, bf16=False,
+    )  # fmt: skip
+    settings._n_gpu = min(1, settings.n_gpu)  # the policy lies on one GPU; with more in sight, the trainer refuses to begin
+    adapter = [p.detach().clone() for p in policy.parameters()]
+    optimizer, schedule = _optimizer(policy, lr, warmup, len(batches))
+    trainer = Trainer(
+        policy.model,
+        settings,
+        train_dataset=Dataset.from_list([{"input_ids": ids, "labels": [-100] * begin + ids[begin:]} for ids, begin in rows]),
+        processing_class=policy.tokenizer,
+        optimizers=(optimizer, schedule),
+        callbacks=[Reporter()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    for p, start in zip(policy.parameters(), adapter):
+        p.data = start  # of a 4-bit model, the trainer has just rounded the adapter to bfloat16
+    trainer.train()
+    policy.model.eval()
+    policy.changed()
+
+
+def tune_with_head(
+    policy: Policy, rows: Sequence[Row], labels: Sequence[int | None], batches: Batches, *, lr: float, warmup: int, weight: float, report: Report
+) -> None:
+    """Train the policy's adapter on the responses of the rows without a label, and its value head, through the same
+    adapter, on those that have one (old paper, Table 3: value SFT).
+
+    Loss of a step: the mean over the response tokens of its unlabelled rows, plus `weight` times the mean binary
+    cross-entropy over its labelled ones. `SFTTrainer` has no place for the second: its loss sees log-probabilities of
+    tokens, a labelled row has none that count, and the head is a parameter outside of the model that it clips and saves.
+    """
+    samples = [Sample(ids[:begin], ids[begin:], [], [], label=label) for (ids, begin), label in zip(rows, labels, strict=True)]
+    optimizer, schedule = _optimizer(policy, lr, warmup, len(batches))
+    started, read = time.perf_counter(), 0
+    policy.model.train()
+    for step, batch in enumerate(batches):
+        spoken = [samples[i] for i in batch if samples[i].label is None]
+        judged = [samples[i] for i in batch if samples[i].label is not None]
+        tokens = sum(len(s.response_ids) for s in spoken)
+        optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for pack in make_packs(policy, spoken, policy.config):
+            loss = -logprobs(policy.model, pack).logprobs.sum() / tokens
+            loss.backward()
+            total += loss.item()
+        total += weight * value.backward(policy, judged, weight).item()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        read += sum(len(rows[i][0]) for i in batch)
+        if _shown(step, len(batches)):
+            report(step, len(batches), total, read / (time.perf_counter() - started))
+    policy.model.eval()
+    policy.changed()
+
+
+def _optimizer(policy: Policy, lr: float, warmup: int, total: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, total, warmup))
+
+
+def _shown(step: int, total: int) -> bool:
+    return step % 50 == 0 or step == total - 1
