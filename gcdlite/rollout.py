@@ -64,6 +64,7 @@ def play(
     episodes = [Episode(task, o.description, error=o.error) for task, o in zip(tasks, opening)]
     observations = [None if o.done else o for o in opening]  # None: the episode has ended
     half, other = _halves(tasks, pool.slow)
+    answer: Callable[[], list] = list  # waits for the environment's answer to the turns in `waiting`
     waiting: dict[int, Turn] = {}  # turns of the other half, by episode, that the environment has not answered yet
     with ThreadPoolExecutor(max_workers=1) as background:  # to leave it is to wait for its step
         while any(observations):

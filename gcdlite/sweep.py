@@ -24,7 +24,6 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from gcdlite.config import CONFIG_DIR, Config, absolute, find_config, load, nearest, read_yaml, threads

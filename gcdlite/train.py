@@ -21,7 +21,8 @@ from gcdlite.evaluate import evaluate
 from gcdlite.gcd import api as apis
 from gcdlite.gcd import judge as judging
 from gcdlite.gcd import suggest as suggesting
-from gcdlite.gcd import value, votes
+from gcdlite.gcd import value as value_head
+from gcdlite.gcd import votes
 from gcdlite.gcd.labels import label
 from gcdlite.policy import Policy
 from gcdlite.records import Group, Sample, Task
@@ -174,7 +175,7 @@ def judge_turns(
     recent = [t for t in state.pool if t.iteration > iteration - cfg.pool]
     state.pool = keep(recent, fresh, cfg.turns, cfg.pool, state.dice)
     if policy.value_head:
-        judgments, samples = value.classify(policy, targets), value.samples_of(targets)
+        judgments, samples = value_head.classify(policy, targets), value_head.samples_of(targets)
     else:
         judgments = judging.judge(
             policy, targets, group_size=cfg.group_size, success_rate=success_rate, style=config.model.prompt,

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from gcdlite.config import Config
-from gcdlite.gcd import value
+from gcdlite.gcd import value as value_head
 from gcdlite.losses import clipped_policy_loss, k3, token_weights
 from gcdlite.packing import logprobs, pack
 from gcdlite.policy import Policy
@@ -154,7 +154,7 @@ def _gradients(policy, samples, batch, reference, config: Config) -> tuple[dict[
     labelled = [samples[i] for i in batch if samples[i].label is not None]
     if labelled:
         counts["judgment"] = 0
-        sums["loss/judgment"] = value.backward(policy, labelled, config.gcd.weight)
+        sums["loss/judgment"] = value_head.backward(policy, labelled, config.gcd.weight)
     return sums, counts
 
 

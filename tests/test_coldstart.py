@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 
 from gcdlite import coldstart
 from gcdlite.coldstart import Example, Style, encode, fit, random_examples, swap_names
-from gcdlite.envs.alfworld.engine import Game
 from gcdlite.envs.alfworld.games import level_tasks
 from gcdlite.policy import load_tokenizer
 from gcdlite.prompts import parse_response
