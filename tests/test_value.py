@@ -82,6 +82,7 @@ def test_one_iteration_equals_the_slow_formula(head_config, how, kl):
     """Joint: the policy's gradient plus lambda times that of the mean cross-entropy, on the adapter and the head.
     Separate: one after the other. Labelled turns have no clipped loss and no KL of their own."""
     head_config.gcd.weight, head_config.gcd.update, head_config.update.kl = 0.6, how, kl
+    head_config.update.token_budget = 16  # several packs
     policy, targets = Policy(head_config), targets_of(random.Random(0))
     wake(policy)
     dice = random.Random(1)
