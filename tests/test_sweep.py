@@ -426,7 +426,7 @@ def test_the_text_names_labellers_seeds_and_what_was_not_run(tmp_path):
         "hints": {"gcd.enabled": True, "gcd.suggest": True, "seeds": [0]},
     }  # fmt: skip
     paper = {"a": {"L0": 82.7}, "future": {"L0": 1}}
-    recipe = written(tmp_path, arms=arms, seeds=[0, 1], absent={"future": "no such start"}, paper=paper)
+    recipe = written(tmp_path, arms=arms, seeds=[0, 1], settings={"reward.inadmissible": 0.1}, absent={"future": "no such start"}, paper=paper)
     for name in ("a-s0", "a-s1", "rules-s0", "rules-s1", "best-s1", "hints-s0"):
         finish(recipe, tmp_path, name, 0.5, judge=None if name == "a-s0" else 0.75)
     text = sweep.markdown(recipe, sweep.table(recipe, tmp_path), "generated games")
