@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -136,10 +137,9 @@ def expert_examples(
             if tag == "planning" and not taken:
                 thought = f"{outline(expert.goal)} {thought}"
             listed = style.listed(seen.admissible, command, rng)
-            bare, prompt = (
-                prompts.turn_prompt(style.prompt, description, taken, history, text, listed, Suggestion(rules=block).text, style.tags)
-                for block in ([], rules)
-            )
+            ask = partial(prompts.turn_prompt, style.prompt, description, taken, history, text, listed, tags=style.tags)
+            bare = ask()
+            prompt = ask(suggestions=Suggestion(rules=rules).text) if rules else bare
             yield Example(prompt, prompts.answer(thought, command, tag), "expert")
             if judge and rng.random() < judge:
                 judged = judgment_example(game, seen, bare, thought, command, expert.goal.obj, last, style, rng, tag)

@@ -13,7 +13,7 @@ from gcdlite.config import Config
 from gcdlite.envs.alfworld.games import stratified
 from gcdlite.envs.base import Pool
 from gcdlite.gcd import judge as judging
-from gcdlite.gcd import value
+from gcdlite.gcd import value as value_head
 from gcdlite.gcd.labels import label
 from gcdlite.policy import Policy
 from gcdlite.records import Episode
@@ -49,14 +49,15 @@ def evaluate(policy: Policy, pool: Pool, level: str, config: Config, batch: int 
     for start in range(0, len(tasks), batch):
         episodes += play(policy, pool, tasks[start : start + batch], config, rng, config.eval.temperature)
     name = f"eval/{level}"
-    out = success(name, sound(episodes))
+    whole = sound(episodes)
+    out = success(name, whole)
     played = metrics(episodes, 0.0)
     for key in ("turns", "malformed", "inadmissible", "repeated", "looped", "response_tokens", "errors"):
         out[f"{name}/{key}"] = played[f"rollout/{key}"]
     if config.eval.judge_turns:
-        targets = judging.select(label(sound(episodes), "oracle"), [], config.eval.judge_turns, random.Random(config.seed))
+        targets = judging.select(label(whole, "oracle"), [], config.eval.judge_turns, random.Random(config.seed))
         if policy.value_head:
-            judgments = value.classify(policy, targets)
+            judgments = value_head.classify(policy, targets)
         else:
             judgments = judging.judge(
                 policy, targets, group_size=1, success_rate=out[name], style=config.model.prompt,

@@ -254,8 +254,7 @@ def parse_tagged(text: str) -> tuple[str, bool, str]:
 
 def reflect_prompt(style: str, prompt: str, draft: str) -> str:
     """The user message that asks for a second, final answer to a turn's prompt, given the first one."""
-    asked, given = REFLECT_SLOTS[style]
-    return f"{REFLECT[style]}\n{asked}\n{prompt}\n{given}\n{draft}"
+    return _about(REFLECT[style], REFLECT_SLOTS[style], prompt, draft)
 
 
 def judge_prompt(style: str, prompt: str, response: str, success_rate: float) -> str:
@@ -263,15 +262,18 @@ def judge_prompt(style: str, prompt: str, response: str, success_rate: float) ->
 
     `prompt` is the turn's own prompt without the suggestion block, `success_rate` the agent's measured recent one.
     """
-    shown, given = JUDGE_SLOTS[style]
     head = JUDGE[style].format(rate=round(100 * success_rate), kind=_kind(style, prompt))
-    return f"{head}\n{shown}\n{prompt}\n{given}\n{response}"
+    return _about(head, JUDGE_SLOTS[style], prompt, response)
 
 
 def future_prompt(style: str, prompt: str, action: str) -> str:
     """The user message that asks what will be observed after an action, given the turn's prompt."""
-    shown, given = FUTURE_SLOTS[style]
-    return f"{FUTURE[style].format(kind=_kind(style, prompt))}\n{shown}\n{prompt}\n{given}\n{action}"
+    return _about(FUTURE[style].format(kind=_kind(style, prompt)), FUTURE_SLOTS[style], prompt, action)
+
+
+def _about(head: str, slots: tuple[str, str], prompt: str, given: str) -> str:
+    """A message about one turn: what is asked, the turn's own prompt, and what was given to it, under their headings."""
+    return f"{head}\n{slots[0]}\n{prompt}\n{slots[1]}\n{given}"
 
 
 def _kind(style: str, prompt: str) -> str:
