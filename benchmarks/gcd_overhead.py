@@ -31,11 +31,11 @@ from gcdlite.config import Config
 from gcdlite.envs import closing, make
 from gcdlite.gcd import judge as judging
 from gcdlite.gcd.labels import label
-from gcdlite.policy import Policy
+from gcdlite.policy import Policy, make_packs
 from gcdlite.records import Group, LabelledTurn, Sample
 from gcdlite.rollout import collect
 from gcdlite.train import policy_samples, tasks_of
-from gcdlite.update import make_optimizer, make_packs, update
+from gcdlite.update import make_optimizer, update
 
 PROPORTION = 30 / 128  # judged turns an episode, in the papers
 PAPERS = {"update__kl": 0.01, "update__minibatches": 4}

@@ -45,11 +45,11 @@ from trl import GRPOConfig, GRPOTrainer
 from gcdlite import prompts
 from gcdlite.config import Config
 from gcdlite.envs import closing, make
-from gcdlite.policy import Policy, load_tokenizer, resolve
+from gcdlite.policy import Policy, load_tokenizer, make_packs, resolve
 from gcdlite.records import Observation, Sample, Task, UserError
 from gcdlite.rollout import collect
 from gcdlite.train import policy_samples, tasks_of
-from gcdlite.update import make_optimizer, make_packs, update
+from gcdlite.update import make_optimizer, update
 
 
 class Ours:

@@ -26,9 +26,10 @@ import torch
 from gcdlite.backbone import plain
 from gcdlite.gcd import judge as judging
 from gcdlite.packing import Pack, logprobs, pack
+from gcdlite.policy import make_packs
 from gcdlite.records import LabelledTurn, Sample
 from gcdlite.train import policy_samples
-from gcdlite.update import make_optimizer, make_packs, update
+from gcdlite.update import make_optimizer, update
 
 
 def row_wise(model, samples: list[Sample]) -> None:

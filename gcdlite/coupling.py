@@ -19,9 +19,8 @@ from gcdlite.advantages import TokenRows
 from gcdlite.backbone import plain
 from gcdlite.config import Config
 from gcdlite.packing import hidden_states
-from gcdlite.policy import Policy
+from gcdlite.policy import Policy, make_packs
 from gcdlite.records import Group, Sample, Turn
-from gcdlite.update import make_packs
 
 FULL_VOCABULARY = 20_000  # up to so many entries M keeps a row for each; above, only those of tokens that occur
 

@@ -22,9 +22,9 @@ from gcdlite.advantages import TokenRows
 from gcdlite.config import Config
 from gcdlite.losses import clipped_value_loss
 from gcdlite.packing import Pack, hidden_states
-from gcdlite.policy import Policy
+from gcdlite.policy import Policy, make_packs
 from gcdlite.records import Group, Sample
-from gcdlite.update import make_packs, minibatches, warmed_up
+from gcdlite.update import minibatches, warmed_up
 
 ADAPTER = "critic"
 

@@ -22,7 +22,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from gcdlite.config import Config, Rollout, Update
-from gcdlite.records import UserError
+from gcdlite.packing import Pack, pack
+from gcdlite.records import Sample, UserError
 from gcdlite.sampling import Completion, HeadCache, sample
 
 NANO = Path(__file__).resolve().parent / "models" / "nano"
@@ -379,3 +380,9 @@ def _brief(error: Exception) -> str:
     """The first line that says something, without the advice below it, and never half an address."""
     lines = [line for line in str(error).splitlines() if line.strip() and not line.rstrip().endswith(":")]
     return textwrap.shorten(lines[0] if lines else type(error).__name__, 200, placeholder=" …")
+
+
+def make_packs(policy: Policy, samples: Sequence[Sample], config: Config) -> list[Pack]:
+    """The samples' packs for this model (a stem is impossible where layers are checkpointed)."""
+    width = policy.model.config.get_text_config().hidden_size
+    return pack(samples, policy.token_budget, width=width, stem=not config.model.checkpointing)

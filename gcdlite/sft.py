@@ -15,9 +15,8 @@ import torch
 
 from gcdlite.gcd import value
 from gcdlite.packing import logprobs
-from gcdlite.policy import Policy
+from gcdlite.policy import Policy, make_packs
 from gcdlite.records import Sample, UserError
-from gcdlite.update import make_packs
 
 Row = tuple[list[int], int]  # token ids, and where the response begins
 Batches = Sequence[Sequence[int]]  # indices of the rows of each optimizer step

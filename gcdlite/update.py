@@ -16,8 +16,8 @@ import torch
 from gcdlite.config import Config
 from gcdlite.gcd import value as value_head
 from gcdlite.losses import clipped_policy_loss, k3, token_weights
-from gcdlite.packing import logprobs, pack
-from gcdlite.policy import Policy
+from gcdlite.packing import logprobs
+from gcdlite.policy import Policy, make_packs
 from gcdlite.records import Sample
 
 STREAMS = ("policy", "judgment")
@@ -156,12 +156,6 @@ def _gradients(policy, samples, batch, reference, config: Config) -> tuple[dict[
         counts["judgment"] = 0
         sums["loss/judgment"] = value_head.backward(policy, labelled, config.gcd.weight)
     return sums, counts
-
-
-def make_packs(policy: Policy, samples: Sequence[Sample], config: Config):
-    """The samples' packs for this model (a stem is impossible where layers are checkpointed)."""
-    width = policy.model.config.get_text_config().hidden_size
-    return pack(samples, policy.token_budget, width=width, stem=not config.model.checkpointing)
 
 
 def _reference_logprobs(policy: Policy, samples: Sequence[Sample], config: Config) -> list[list[float]]:

@@ -13,9 +13,9 @@ import run
 from gcdlite import packing, plan
 from gcdlite import update as updating
 from gcdlite.config import check, find_config, load
-from gcdlite.policy import Policy
+from gcdlite.policy import Policy, make_packs
 from gcdlite.records import Sample, UserError
-from gcdlite.update import make_packs, update
+from gcdlite.update import update
 
 MODELS = {
     "grouped heads": (Qwen2Config, dict(hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=4,

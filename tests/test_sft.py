@@ -18,9 +18,8 @@ from gcdlite.envs.alfworld.engine import Game
 from gcdlite.envs.alfworld.games import level_tasks
 from gcdlite.gcd.labels import verdict
 from gcdlite.packing import logprobs
-from gcdlite.policy import HEAD, NANO, Policy
+from gcdlite.policy import HEAD, NANO, Policy, make_packs
 from gcdlite.records import Sample, UserError
-from gcdlite.update import make_packs
 
 VARIANTS = ("vanilla", "judge", "future", "value")
 

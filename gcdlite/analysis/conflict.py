@@ -24,10 +24,9 @@ from gcdlite.envs.base import Pool
 from gcdlite.gcd import judge as judging
 from gcdlite.gcd.labels import label
 from gcdlite.packing import logprobs
-from gcdlite.policy import Policy
+from gcdlite.policy import Policy, make_packs
 from gcdlite.records import LabelledTurn, Sample, UserError
 from gcdlite.rollout import collect as play_groups
-from gcdlite.update import make_packs
 
 NAMES = {"judgment": "generative judgment", "value": "value-head classifier"}
 

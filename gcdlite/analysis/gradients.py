@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from gcdlite.backbone import plain
 from gcdlite.config import Config
 from gcdlite.packing import logprobs
-from gcdlite.policy import Policy
+from gcdlite.policy import Policy, make_packs
 from gcdlite.records import Sample, UserError
-from gcdlite.update import make_packs
 
 WIDTH = 32749  # buckets of a sketch; a prime, so that no column of a matrix falls into few of them
 CHUNK = 2**24  # numbers sketched, or logits computed, at a time

@@ -19,9 +19,8 @@ from gcdlite.analysis.output import Output
 from gcdlite.config import Config
 from gcdlite.envs.base import Pool
 from gcdlite.packing import logprobs
-from gcdlite.policy import Policy
+from gcdlite.policy import Policy, make_packs
 from gcdlite.records import UserError
-from gcdlite.update import make_packs
 
 
 def check(options: Options) -> None:

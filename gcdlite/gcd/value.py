@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from gcdlite.packing import Pack, hidden_states, pack
-from gcdlite.policy import Policy
+from gcdlite.packing import Pack, hidden_states
+from gcdlite.policy import Policy, make_packs
 from gcdlite.records import Judgment, LabelledTurn, Sample
 
 
@@ -34,7 +34,7 @@ def classify(policy: Policy, targets: Sequence[LabelledTurn]) -> list[Judgment]:
     verdicts = [0] * len(samples)
 
     def work() -> None:
-        for p in _packs(policy, samples):
+        for p in make_packs(policy, samples, policy.config):
             for i, logit in zip(p.samples, logits(policy, p).tolist()):
                 verdicts[i] = int(logit > 0)
 
@@ -46,7 +46,7 @@ def backward(policy: Policy, samples: Sequence[Sample], weight: float) -> Tensor
     """Add the gradient of `weight` times the mean binary cross-entropy over the samples to the head's and the adapter's
     parameters; returns the mean, (). Without samples it is 0."""
     total = torch.zeros((), device=policy.device)
-    for p in _packs(policy, samples):
+    for p in make_packs(policy, samples, policy.config):
         labels = torch.tensor([float(samples[i].label) for i in p.samples], device=policy.device)  # (n,)
         loss = binary_cross_entropy_with_logits(logits(policy, p), labels, reduction="sum") / len(samples)
         (weight * loss).backward()
@@ -62,8 +62,3 @@ def logits(policy: Policy, pack: Pack) -> Tensor:
     """
     last = torch.tensor(pack.offsets[1:], device=policy.device) - 1
     return policy.value_head(hidden_states(policy.model, pack)[last].float())[:, 0]
-
-
-def _packs(policy: Policy, samples: Sequence[Sample]) -> list[Pack]:
-    width = policy.model.config.get_text_config().hidden_size
-    return pack(samples, policy.token_budget, width=width, stem=not policy.config.model.checkpointing)
