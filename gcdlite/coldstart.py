@@ -250,12 +250,12 @@ def _lesson(description: str, admissible: Sequence[str], elsewhere: set[str], rn
     acts = [c for c in useful if not c.startswith(("go to", "examine"))]
     ways = [c for c in useful if c.startswith("go to")]
     draw = rng.random()
-    if draw < 0.15:
+    if draw < 0.08:
         action = rng.choice(useful)
         return description, f"try {action}.", action
     takes = [c for c in acts if c.startswith("take ")]
     absent = sorted(elsewhere - {_taken(c) for c in takes})
-    if draw < (0.75 if takes else 0.25):  # things in sight are rare in random play
+    if draw < (0.9 if takes else 0.45):  # things in sight are rare in random play
         if takes and rng.random() < 0.6:
             thing = _taken(rng.choice(takes))
             action = next(c for c in takes if _taken(c) == thing)
