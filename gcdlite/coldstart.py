@@ -40,6 +40,9 @@ from gcdlite.policy import Policy, load_tokenizer, resolve
 from gcdlite.records import Suggestion, Task, UserError
 
 MADE = "made.json"  # how weights were made, in their folder
+LOOKS = 8  # things asked for in one prompt of nano's exercises, at most
+# nano's exercises in reading, from small to as large as a real prompt: (share of them, earlier turns shown, other places)
+EXERCISES = ((0.4, None, (3, 3)), (0.15, 0, (2, 4)), (0.15, 1, (3, 8)), (0.3, 2, (4, 14)))
 SHORT_LIST = 6  # commands listed in nano's first lessons
 WARMUP = 20  # optimizer steps, of an adapter's cold start
 
@@ -65,11 +68,11 @@ class Style:
     tags: bool = False  # rlvmr: thoughts name their kind
     variant: str = "judge"  # what stands beside the expert's turns
 
-    def listed(self, admissible: Sequence[str], needed: str, rng: random.Random) -> list[str]:
-        """The list to show: for a first lesson it is cut, but never by the command that is needed."""
+    def listed(self, admissible: Sequence[str], needed: Sequence[str], rng: random.Random) -> list[str]:
+        """The list to show: for a first lesson it is cut, but never by a command that is needed."""
         if self.commands is None or len(admissible) <= self.commands:
             return list(admissible)
-        return sorted({needed, *rng.sample(list(admissible), self.commands)})
+        return sorted({*needed, *rng.sample(list(admissible), self.commands)})
 
 
 def make_prior(tasks: Sequence[Task], count: int, rng: random.Random) -> Prior:
@@ -136,7 +139,7 @@ def expert_examples(
             tag = reasoning_tag(command, last, failed, tried) if style.tags else "think"
             if tag == "planning" and not taken:
                 thought = f"{outline(expert.goal)} {thought}"
-            listed = style.listed(seen.admissible, command, rng)
+            listed = style.listed(seen.admissible, [command], rng)
             ask = partial(prompts.turn_prompt, style.prompt, description, taken, history, text, listed, tags=style.tags)
             bare = ask()
             prompt = ask(suggestions=Suggestion(rules=rules).text) if rules else bare
@@ -221,8 +224,9 @@ def random_examples(tasks: Iterable[Task], style: Style, rng: random.Random) -> 
     Most turns carry an order in place of the task (`take mug from shelf`), which one listed command obeys. Many only name
     a thing (`take mug`, or a task's sentence about a mug): it may be in sight, and else another place is visited. Which it
     is can only be read off the prompt, all the more as names are swapped at random, so that no habit helps; where the
-    wording of the order gave it away, nothing was learned (LOG.md). What is played is at times not what was ordered, so
-    that answers like "Nothing happens." come up, too.
+    wording of the order gave it away, nothing was learned (LOG.md). Where something can be taken, most prompts ask for
+    several things, like the exercises. What is played is at times not what was ordered, so that answers like "Nothing
+    happens." come up, too.
     """
     for task in tasks:
         game = Game(task.path)
@@ -232,16 +236,60 @@ def random_examples(tasks: Iterable[Task], style: Style, rng: random.Random) -> 
         pairs: list[tuple[str, str]] = []
         for taken in range(rng.randint(4, style.max_turns)):
             history = pairs[-style.history :] if style.history else []
-            told, thought, action = _lesson(description, seen.admissible, elsewhere - set(_NAME.findall(text)), rng)
-            listed = style.listed(seen.admissible, action, rng)
+            absent = elsewhere - set(_NAME.findall(text))
+            told, thought, action = _lesson(description, seen.admissible, absent, rng)
+            answers = [(thought, action)]
+            if any(c.startswith("take ") for c in seen.admissible) and rng.random() < 0.7:
+                told, answers = "read.", _looks(seen.admissible, absent, rng)
+            listed = style.listed(seen.admissible, [a for _, a in answers], rng)
             prompt = prompts.turn_prompt(style.prompt, told, taken, history, text, listed)
-            yield swap_names(Example(prompt, prompts.answer(thought, action), "random"), rng)
+            yield swap_names(Example(prompt, "".join(prompts.answer(*a) for a in answers), "random"), rng)
             played = deviation(seen.admissible, pairs[-1][1] if pairs else None, rng) if rng.random() < 0.2 else action
             pairs.append((text, played))
             seen = game.step(played)
             text = seen.text
             if seen.done:
                 break
+
+
+def exercises(kinds: Sequence[str], style: Style, count: int, rng: random.Random) -> list[list[Example]]:
+    """Made-up places, and for each several things that might be needed: what lies there is taken, for the others another
+    place is visited. In phases of growing size; an eighth of each is as small as those before.
+
+    In play one prompt asks for one thing, and a small model finds habits (of names, of places) sooner than it finds out
+    that it could look. With several questions to a short prompt, nothing else helps; the longer prompts come once it looks.
+    """
+    phases = []
+    for size, (share, *_) in enumerate(EXERCISES):
+        sizes = [rng.randint(0, size) if rng.random() < 0.125 else size for _ in range(round(share * count))]
+        phases.append([_exercise(kinds, style, *EXERCISES[k][1:], rng) for k in sizes])
+    return phases
+
+
+def _exercise(kinds: Sequence[str], style: Style, window: int | None, others: tuple[int, int], rng: random.Random) -> Example:
+    """One of them; without a `window`, nothing but the place and the commands is shown."""
+    furniture = rng.sample(kinds, rng.randint(3, 7))
+    portable = sorted(set(kinds) - set(furniture))
+    places = sorted({f"{rng.choice(furniture)} {rng.randint(1, 6)}" for _ in range(1 + rng.randint(*others))})
+
+    def things(least: int, most: int) -> list[str]:
+        return [f"{kind} {rng.randint(1, 3)}" for kind in rng.sample(portable, rng.randint(least, most))]
+
+    def arrive(place: str, items: Sequence[str]) -> str:
+        listed = [f"a {item}" for item in items] or ["nothing"]
+        return f"You arrive at {place}. On the {place}, you see {', and '.join([', '.join(listed[:-1]), listed[-1]] if len(listed) > 1 else listed)}."
+
+    way = [rng.choice(places) for _ in range((window or 0) + 1)]
+    before = [things(0, 3) for _ in way[1:]]
+    history = [(arrive(place, items), f"go to {then}") for place, items, then in zip(way, before, way[1:])]
+    here, place = things(2, 7), way[-1]
+    admissible = sorted([f"examine {place}", "inventory", "look"] + [f"go to {p}" for p in places if p != place] + [f"take {t} from {place}" for t in here])
+    gone = {type_of(t) for items in before for t in items}
+    answers = _looks(admissible, set(portable), rng, gone)
+    prompt = prompts.turn_prompt(style.prompt, "read.", rng.randrange(style.max_turns), history, arrive(place, here), admissible)
+    if window is None:
+        prompt = prompt[prompt.index(prompts.SLOTS[style.prompt]["now"]) :]
+    return Example(prompt, "".join(prompts.answer(*a) for a in answers), "random")
 
 
 def _lesson(description: str, admissible: Sequence[str], elsewhere: set[str], rng: random.Random) -> tuple[str, str, str]:
@@ -255,8 +303,8 @@ def _lesson(description: str, admissible: Sequence[str], elsewhere: set[str], rn
         return description, f"try {action}.", action
     takes = [c for c in acts if c.startswith("take ")]
     absent = sorted(elsewhere - {_taken(c) for c in takes})
-    if draw < (0.9 if takes else 0.45):  # things in sight are rare in random play
-        if takes and rng.random() < 0.6:
+    if draw < (0.9 if takes else 0.3):
+        if takes and rng.random() < 0.5:
             thing = _taken(rng.choice(takes))
             action = next(c for c in takes if _taken(c) == thing)
             return _wanted(thing, description, rng), explain(action, thing), action
@@ -267,6 +315,25 @@ def _lesson(description: str, admissible: Sequence[str], elsewhere: set[str], rn
     told = _kinds_only(action)
     action = next(c for c in admissible if _kinds_only(c) == told)
     return told, f"told to {told} do {action}.", action
+
+
+def _looks(admissible: Sequence[str], elsewhere: set[str], rng: random.Random, gone: Collection[str] = ()) -> list[tuple[str, str]]:
+    """(thought, command) for each of several things that might be needed at a place where something can be taken; half of
+    them are there, each asked for once.
+
+    `elsewhere` are kinds that may be asked for although they are not there; those in `gone`, seen before, more often."""
+    takes = [c for c in admissible if c.startswith("take ")]
+    ways = [c for c in admissible if c.startswith("go to ")]
+    here = {_taken(c): c for c in reversed(takes)}  # the first of its kind
+    absent = sorted(elsewhere - set(here))
+    missed = sorted(set(gone) - set(here))
+    asked = rng.sample(sorted(here), min(len(here), LOOKS // 2))
+    found = [(explain(here[thing], thing), here[thing]) for thing in asked]
+    for _ in asked if ways and absent else ():
+        thing, action = rng.choice(missed if missed and rng.random() < 0.3 else absent), rng.choice(ways)
+        found.append((f"need {thing}. look in {action[6:]}.", action))
+    rng.shuffle(found)
+    return found
 
 
 def _wanted(thing: str, description: str, rng: random.Random) -> str:
@@ -290,10 +357,14 @@ def _kinds_only(command: str) -> str:
 _NAME = re.compile(r"(?<![A-Za-z])[a-z]+(?= \d)")
 
 
+_NEEDED = re.compile(r"<think>need ([a-z]+)\.")
+
+
 def swap_names(example: Example, rng: random.Random, keep: Collection[str] = ()) -> Example:
     """The example with the kinds of things in it (`mug`, `shelf`), but for those to keep, exchanged among themselves,
-    everywhere alike."""
-    kinds = sorted(set(_NAME.findall(example.prompt)) - set(keep))
+    everywhere alike. What is needed takes part also where it is not in sight: if only things in sight had odd names, the
+    name alone would tell (LOG.md)."""
+    kinds = sorted({*_NAME.findall(example.prompt), *_NEEDED.findall(example.response)} - set(keep))
     other = dict(zip(kinds, rng.sample(kinds, len(kinds))))
     words = re.compile(r"(?<![A-Za-z])(?:" + "|".join(kinds) + r")(?![A-Za-z])")
 
@@ -364,7 +435,8 @@ def from_scratch(config: Config, folder: Path) -> None:
         full = list(islice(random_examples(laps(every, dice), style, dice), cfg.base_turns))
         tokenizer = build_tokenizer(e.prompt + e.response for e in [*short[:4000], *full[:4000], *examples[:4000]])
         model = build_model(tokenizer, config.seed)
-        _train(config, model, tokenizer, [short, full], 1.0)
+        kinds = sorted({kind for t in dice.sample(every, min(300, len(every))) for kind in _NAME.findall(str(Game(t.path).contents()))})
+        _train(config, model, tokenizer, [*exercises(kinds, style, cfg.exercises, dice), short, full], 1.0)
         model.save_pretrained(folder / "base")
         tokenizer.save_pretrained(folder / "base")
     _train(config, model, tokenizer, [examples] * cfg.epochs, cfg.cold_rate)

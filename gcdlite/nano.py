@@ -67,7 +67,11 @@ def build_tokenizer(texts: Iterable[str], vocabulary: int = VOCABULARY) -> PreTr
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int, *, hidden: int = 128, layers: int = 4, mlp: int = 384) -> Qwen2ForCausalLM:
-    """An untrained Qwen2 with tied embeddings; 0.93 million parameters with the defaults."""
+    """An untrained Qwen2 with tied embeddings; 1.13 million parameters with the defaults.
+
+    Its heads are twice as wide as usual, and most of their dimensions turn slowly with the position: finding the place
+    where a name stands, among eighty names and from hundreds of tokens away, is what it learns last (LOG.md).
+    """
     config = Qwen2Config(
         vocab_size=-(-len(tokenizer) // 32) * 32,
         hidden_size=hidden,
@@ -75,6 +79,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int, *, hidden: int = 
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=hidden // 2,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         bos_token_id=None,

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from gcdlite import coldstart
+from gcdlite import coldstart, prompts
 from gcdlite.coldstart import Example, Style, encode, fit, random_examples, swap_names
 from gcdlite.envs.alfworld.games import level_tasks
 from gcdlite.policy import load_tokenizer
@@ -27,29 +27,81 @@ def shown(prompt: str) -> tuple[str, list[str]]:
     return re.search(r"^Task: (.*)$", prompt, re.M)[1], prompt.rsplit("\nCan:\n", 1)[1].split("\n")
 
 
+def answers(response: str) -> list[tuple[str, str]]:
+    """(thought, command) of each of a lesson's answers."""
+    found = re.findall(r"<think>(.*?)</think><action>(.*?)</action>", response)
+    assert "".join(prompts.answer(*a) for a in found) == response
+    return found
+
+
 def test_every_order_can_be_read_off_the_prompt(lessons):
-    kinds = {"obeyed": 0, "here": 0, "absent": 0, "free": 0}
+    kinds = {"obeyed": 0, "here": 0, "absent": 0, "free": 0, "several": 0}
     for lesson in lessons:
         told, listed = shown(lesson.prompt)
-        action, malformed = parse_response(lesson.response)
-        assert not malformed and action in listed
-        if match := re.match(r"<think>need (\w+)\.", lesson.response):
-            thing = match[1]
-            assert re.search(rf"\b{thing}\b", told), (thing, told)
-        if lesson.response.startswith("<think>told to"):
-            kinds["obeyed"] += 1
-            assert re.sub(r" \d+", "", action) + "." == told
-        elif " look in " in lesson.response:
-            kinds["absent"] += 1
-            assert not any(c.startswith(f"take {thing} ") for c in listed)
-            assert f" {thing} " not in re.search(r"^Now: (.*)$", lesson.prompt, re.M)[1]
-            assert lesson.response.startswith(f"<think>need {thing}. ") and action.startswith("go to ")
-        elif lesson.response.startswith("<think>need"):
-            kinds["here"] += 1
-            assert lesson.response.startswith(f"<think>need {thing}. {thing} ") and action.startswith(f"take {thing} ")
-        else:
-            kinds["free"] += 1
+        given = answers(lesson.response)
+        kinds["several"] += len(given) > 1
+        assert len(given) == 1 or told == "read."
+        for thought, action in given:
+            assert action in listed
+            if match := re.match(r"need (\w+)\.", thought):
+                thing = match[1]
+                assert told == "read." or re.search(rf"\b{thing}\b", told), (thing, told)
+            if thought.startswith("told to"):
+                kinds["obeyed"] += 1
+                assert re.sub(r" \d+", "", action) + "." == told
+            elif " look in " in thought:
+                kinds["absent"] += 1
+                assert not any(c.startswith(f"take {thing} ") for c in listed)
+                assert f" {thing} " not in re.search(r"^Now: (.*)$", lesson.prompt, re.M)[1]
+                assert thought.startswith(f"need {thing}. ") and action.startswith("go to ")
+            elif thought.startswith("need"):
+                kinds["here"] += 1
+                assert thought.startswith(f"need {thing}. {thing} ") and action.startswith(f"take {thing} ")
+            else:
+                kinds["free"] += 1
     assert min(kinds.values()) > len(lessons) / 20, kinds
+
+
+FURNITURE = {"shelf", "drawer", "cabinet", "desk", "bed", "countertop", "sidetable", "dresser", "sofa", "garbagecan", "safe", "diningtable", "coffeetable", "armchair"}
+
+
+def test_no_name_tells_whether_the_thing_is_there(lessons):
+    """Where only names of things in sight were exchanged, furniture's names gave the answer away."""
+    odd = {True: [], False: []}
+    for lesson in lessons:
+        for thought, _ in answers(lesson.response) if "\ntake " in lesson.prompt else ():
+            if match := re.match(r"need (\w+)\.", thought):
+                odd[" look in " in thought].append(match[1] in FURNITURE)
+    shares = [sum(found) / len(found) for found in odd.values()]
+    assert min(map(len, odd.values())) > 50 and 0.1 < min(shares) and max(shares) < min(shares) + 0.2, shares
+
+
+def test_what_is_needed_is_renamed_even_where_it_is_not_in_sight():
+    lesson = Example("Task: take mug.\nNow: On the shelf 1, you see a cd 2.", "<think>need mug. look in bed 1.</think>", "random")
+    told = {re.search(r"take (\w+)", swap_names(lesson, random.Random(i)).prompt)[1] for i in range(30)}
+    assert told == {"mug", "shelf", "cd"}
+    kept = {re.search(r"take (\w+)", swap_names(lesson, random.Random(i), keep=("shelf",)).prompt)[1] for i in range(30)}
+    assert kept == {"mug", "cd"}
+
+
+def test_exercises_can_only_be_answered_by_reading():
+    kinds = [f"{a}{b}" for a in "abcde" for b in "uvwxyz"]
+    phases = coldstart.exercises(kinds, Style(), 200, random.Random(0))
+    assert [len(p) for p in phases] == [80, 30, 30, 60]
+    lengths = [sum(len(e.prompt) for e in p) / len(p) for p in phases]
+    assert lengths == sorted(lengths) and all(e.prompt.startswith("Now: ") for e in phases[0])
+    here, absent, seen_before = [], [], 0
+    for exercise in (e for p in phases for e in p):
+        now, listed = exercise.prompt[exercise.prompt.index("Now: ") :].split("\nCan:\n")
+        given = answers(exercise.response)
+        needs = [re.match(r"need (\w+)\.", thought)[1] for thought, _ in given]
+        taken = [n for n, (_, action) in zip(needs, given) if action.startswith("take ")]
+        here, absent = here + taken, absent + [n for n in needs if n not in taken]
+        assert len(taken) == len(set(taken)) and 2 * len(taken) == len(given) and len(given) <= coldstart.LOOKS
+        for thing, (_, action) in zip(needs, given):
+            assert action in listed.split("\n") and (f" {thing} " in now) == (thing in taken)
+            seen_before += thing not in taken and f" {thing} " in exercise.prompt
+    assert {n[0] for n in here} == {n[0] for n in absent} and seen_before > 30
 
 
 def test_swapped_names_stay_one_room(lessons):
@@ -57,7 +109,7 @@ def test_swapped_names_stay_one_room(lessons):
     for lesson in lessons[:100]:
         swapped = swap_names(lesson, random.Random(1))
         assert len(swapped.prompt.split()) == len(lesson.prompt.split())
-        assert parse_response(swapped.response)[0] in shown(swapped.prompt)[1]
+        assert all(action in shown(swapped.prompt)[1] for _, action in answers(swapped.response))
     assert any(swap_names(e, random.Random(1)) != e for e in lessons[:10])
 
 
@@ -99,7 +151,7 @@ def test_muon_takes_the_matrices_inside_the_layers(small_model):
 def test_nano_is_made_from_nothing(small_config, games_root, tmp_path, monkeypatch):
     monkeypatch.setattr(coldstart, "generated_root", lambda n, seed: games_root)
     cfg = small_config.coldstart
-    cfg.from_scratch, cfg.short_turns, cfg.base_turns, cfg.trajectories, cfg.judgments, cfg.epochs = True, 30, 60, 3, 5, 1
+    cfg.from_scratch, cfg.exercises, cfg.short_turns, cfg.base_turns, cfg.trajectories, cfg.judgments, cfg.epochs = True, 20, 30, 60, 3, 5, 1
     coldstart.main(small_config, tmp_path / "a")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "model")
     made = json.loads((tmp_path / "a" / "model" / "made.json").read_text())
@@ -152,6 +204,9 @@ def test_base_lessons_teach_no_task(games_root):
                 if told.startswith(("take ", "go ", "examine ", "open ", "close ", "move ", "use ")) or "told to" in lesson.response:
                     continue
                 asked = lesson.response.startswith("<think>need ")
+                if told == "read.":
+                    assert asked
+                    continue
                 seen[asked] += 1
                 if asked:
                     assert level == "L0" and parse_response(lesson.response)[0].startswith(("go to ", "take "))
