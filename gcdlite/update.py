@@ -16,7 +16,7 @@ import torch
 from gcdlite.config import Config
 from gcdlite.gcd import value as value_head
 from gcdlite.losses import clipped_policy_loss, k3, token_weights
-from gcdlite.packing import logprobs
+from gcdlite.packing import logprobs, longest
 from gcdlite.policy import Policy, make_packs
 from gcdlite.records import Sample
 
@@ -92,13 +92,11 @@ def minibatches(samples: Sequence[Sample], count: int, rng: random.Random) -> li
 def _step(policy, samples, batch, reference, optimizer, config: Config) -> dict[str, float]:
     """One optimizer step over the samples `batch` points at. Only the gradients depend on the token budget, and nothing
     is kept of a try that ran out of memory: the step is taken once, whatever it took to compute it."""
-    longest = max(len(samples[i].prompt_ids) + len(samples[i].response_ids) - 1 for i in batch)
-
     def work() -> tuple[dict[str, torch.Tensor], dict[str, int]]:
         optimizer.zero_grad(set_to_none=True)
         return _gradients(policy, samples, batch, reference, config)
 
-    sums, counts = policy.within_memory("token_budget", longest, work)
+    sums, counts = policy.within_memory("token_budget", longest([samples[i] for i in batch]), work)
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.update.grad_clip)
     finite = bool(torch.isfinite(norm))
     if finite:
@@ -175,8 +173,7 @@ def _logprobs(policy: Policy, samples: Sequence[Sample], config: Config) -> list
             for k, i in enumerate(p.samples):
                 out[i] = values[p.offsets[k] : p.offsets[k + 1]]
 
-    longest = max((len(s.prompt_ids) + len(s.response_ids) - 1 for s in samples), default=1)
-    policy.within_memory("token_budget", longest, work)
+    policy.within_memory("token_budget", longest(samples), work)
     return out
 
 

@@ -6,15 +6,19 @@ import weakref
 
 import pytest
 import torch
+from test_critic import make_samples as make_critic_samples
+from test_critic import wake as wake_critic
 from test_update import make_samples, wake
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
 
 import run
-from gcdlite import packing, plan
+from gcdlite import coupling, packing, plan
+from gcdlite import critic as critics
 from gcdlite import update as updating
 from gcdlite.config import check, find_config, load
+from gcdlite.critic import Critic
 from gcdlite.policy import Policy, make_packs
-from gcdlite.records import Sample, UserError
+from gcdlite.records import Episode, Group, Sample, Task, Turn, UserError
 from gcdlite.update import update
 
 MODELS = {
@@ -304,6 +308,40 @@ def test_generation_that_runs_out_of_memory_gives_the_same_answers(small_config,
     out_of_memory_at(monkeypatch, _Sampler, "_forward", range(1000))
     with pytest.raises(UserError, match="out of GPU memory with rows 1"):
         answers()
+
+
+def test_what_an_algorithm_asks_the_model_beside_the_episodes_survives_running_out_of_memory(small_config, monkeypatch):
+    """PPO's values and the critic's steps, NTHR's scores: as with half the budget."""
+    task, dice = Task("t", "t", "t"), random.Random(0)
+    turns = [Turn("", [], [1, 2, dice.randrange(300)], [dice.randrange(300) for _ in range(3)], [], "", "", False, True) for _ in range(8)]
+    group = Group(task, [Episode(task, "", turns[:4], won=True), Episode(task, "", turns[4:])])
+    samples = make_critic_samples(random.Random(0), 8)
+    small_config.algo.name, small_config.update.minibatches, small_config.update.grad_clip = "ppo", 1, 1e9
+
+    def asked(budget: int):
+        small_config.update.token_budget = budget
+        policy = Policy(small_config)
+        critic = Critic(policy, small_config)
+        critic.optimizer = torch.optim.SGD(critic.parameters(), lr=0.1)
+        wake_critic(critic)
+        values = critic.values([group])
+        critic.update(samples, random.Random(0))
+        return policy, values, coupling.scores(policy, group, small_config)[0], [p.detach().clone() for p in critic.parameters()]
+
+    _, values, scores, parameters = asked(8)
+    counter = out_of_memory_at(monkeypatch, critics, "hidden_states", ())
+    asked(16)
+    monkeypatch.undo()
+    assert len(counter) >= 4
+    for where, call in ((critics, 0), (critics, 1), (critics, len(counter) - 1), (coupling, 1)):
+        out_of_memory_at(monkeypatch, where, "hidden_states", {call})
+        policy, *got = asked(16)
+        monkeypatch.undo()
+        assert policy.token_budget == 8
+        flat = [torch.tensor([x for g in found for e in g for t in e for x in (t if isinstance(t, list) else [t])]) for found in (values, got[0])]
+        assert torch.allclose(*flat, atol=1e-5)
+        assert torch.allclose(torch.tensor(scores).flatten(), torch.tensor(got[1]).flatten(), atol=1e-4)
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got[2], parameters, strict=True))
 
 
 # --- the command

@@ -57,8 +57,8 @@ def test_missing_models_are_named():
 def test_missing_nano_weights_can_be_made(monkeypatch, tmp_path):
     from gcdlite import doctor, policy
 
-    monkeypatch.setattr(policy, "NANO", tmp_path)
-    made = "coldstart --config nano coldstart.from_scratch=true --out DIR, then --model DIR/model"
+    monkeypatch.setattr(policy, "NANO", tmp_path / "nano")
+    made = "coldstart --config nano --out DIR, then --model DIR/model"
     with pytest.raises(UserError, match=made):
         resolve("nano")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -1,6 +1,7 @@
 """ScienceWorld: levels, prompts and progress by hand; episodes, failures and the Java machines' ends on the real simulator."""
 
 import importlib.util
+import json
 import os
 import random
 import shutil
@@ -12,10 +13,11 @@ import time
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 import run
 from gcdlite import coldstart, envs, prompts
-from gcdlite.config import check
+from gcdlite.config import check, find_config, load
 from gcdlite.envs import scienceworld
 from gcdlite.envs.scienceworld import experts, levels
 from gcdlite.envs.scienceworld.experts import GoldPath, GoldPaths, Progress
@@ -23,6 +25,7 @@ from gcdlite.envs.scienceworld.game import Game, blocked
 from gcdlite.envs.scienceworld.jvm import EngineError, Jvm, _decoded, _encoded
 from gcdlite.envs.scienceworld.levels import make_task
 from gcdlite.gcd.labels import label, verdict
+from gcdlite.policy import load_tokenizer
 from gcdlite.records import Episode, Observation, Turn, UserError
 from gcdlite.rollout import play
 from gcdlite.runlog import read_lines
@@ -269,11 +272,6 @@ def test_without_the_simulator(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("gcdlite.envs.scienceworld.jvm.version", missing)
     monkeypatch.setattr("gcdlite.envs.scienceworld.java_path", lambda: "java")
     assert "pip install scienceworld==" in refused(capsys, "--config", "nano", "--env", "scienceworld", "--out", str(tmp_path / "r"))
-
-
-def test_nano_is_not_made_for_scienceworld(capsys, tmp_path):
-    said = refused(capsys, "coldstart", "--config", "nano", "--env", "scienceworld", "--out", str(tmp_path / "r"))
-    assert "smollm2" in said
 
 
 def test_machines_are_counted_from_cores_and_memory(monkeypatch):
@@ -541,7 +539,7 @@ def test_gold_paths_are_made_once_and_measure_progress(pool, monkeypatch):
 def test_the_cold_start_learns_from_gold_paths_and_the_oracles_verdicts(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(experts, "level_tasks", lambda level, protocol: [BEAR])
-    settings = {"env": {"name": "scienceworld"}, "coldstart": {"trajectories": 2, "judgments": 6, "deviate": 0.5}}
+    settings = {"env": {"name": "scienceworld"}, "coldstart": {"trajectories": 2, "judgments": 6, "deviate": 0.0}}
     examples = coldstart.science_lessons(check(settings), random.Random(0), words)
     expert = [e for e in examples if e.kind == "expert"]
     actions = [prompts.parse_response(e.response)[0] for e in expert]
@@ -554,6 +552,44 @@ def test_the_cold_start_learns_from_gold_paths_and_the_oracles_verdicts(monkeypa
     for e, value in zip(judged, verdicts_):
         judged_action = prompts.parse_response(e.prompt.split("===== The agent's answer\n")[1])[0]
         assert "science tasks" in e.prompt and (value == 0 or judged_action in BEAR_PATH)
+
+
+@real
+def test_lessons_stray_where_it_does_no_harm_and_win(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(experts, "level_tasks", lambda level, protocol: [BEAR])
+    settings = {"env": {"name": "scienceworld"}, "coldstart": {"trajectories": 3, "judgments": 0, "deviate": 0.5}}
+    examples = coldstart.science_lessons(check(settings), random.Random(0), words)
+    actions = [prompts.parse_response(e.response)[0] for e in examples]
+    assert len(actions) > 3 * len(BEAR_PATH) + 2 and set(actions) == set(BEAR_PATH)  # whatever was played, this is what an expert would do
+    for e, action in zip(examples, actions):  # a thought that names what is done
+        assert e.response.startswith(f"<think>{action}: ")
+
+
+@real
+def test_a_nano_is_made_from_play(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(experts, "level_tasks", lambda level, protocol: [BEAR])
+    config = load(find_config("nano-scienceworld"), ["env.simplification=none", "env.jvms=1"])
+    cfg = config.coldstart
+    cfg.base_turns, cfg.trajectories, cfg.judgments, cfg.epochs, cfg.hidden, cfg.layers = 40, 1, 2, 1, 32, 1
+    coldstart.main(config, tmp_path / "nano")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "nano" / "model")
+    made = json.loads((tmp_path / "nano" / "model" / "made.json").read_text())
+    assert model.config.hidden_size == 32 and made["parameters"] == sum(p.numel() for p in model.parameters())
+    assert load_tokenizer(tmp_path / "nano" / "base").get_vocab() == load_tokenizer(tmp_path / "nano" / "model").get_vocab()
+
+
+@real
+def test_random_play_shows_what_can_be_copied(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    examples = coldstart.science_random_examples(load(find_config("nano-scienceworld")), random.Random(1), 60, words)
+    told = [e for e in examples if "<think>told to " in e.response]
+    assert len(examples) == 60 and 30 < len(told) < 58
+    for e in examples:
+        action, malformed = prompts.parse_response(e.response)
+        assert not malformed and ("Task: " + action + ".\n" in e.prompt) == (e in told)
+    assert len({e.prompt.split("Now: ")[1] for e in examples}) > 20
 
 
 @real

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from gcdlite.packing import Pack, hidden_states
+from gcdlite.packing import Pack, hidden_states, longest
 from gcdlite.policy import Policy, make_packs
 from gcdlite.records import Judgment, LabelledTurn, Sample
 
@@ -38,7 +38,7 @@ def classify(policy: Policy, targets: Sequence[LabelledTurn]) -> list[Judgment]:
             for i, logit in zip(p.samples, logits(policy, p).tolist()):
                 verdicts[i] = int(logit > 0)
 
-    policy.within_memory("token_budget", max((len(s.prompt_ids) + len(s.response_ids) for s in samples), default=1), work)
+    policy.within_memory("token_budget", longest(samples), work)
     return [Judgment(t, t.turn.prompt_ids, t.turn.response_ids, [], "", verdict) for t, verdict in zip(targets, verdicts)]
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from gcdlite.config import Env
 from gcdlite.envs.scienceworld.game import Game
 from gcdlite.envs.scienceworld.jvm import EngineError, Jvm, installed_version
-from gcdlite.envs.scienceworld.levels import TOO_LONG, TYPES, level_tasks, split_path
+from gcdlite.envs.scienceworld.levels import TOO_LONG, TYPES, VARIATIONS, fold, level_tasks, make_task, split_path
 from gcdlite.records import Observation, Task, UserError
 
 
@@ -171,9 +171,11 @@ class Lessons:
     def __exit__(self, *_: object) -> None:
         self.gold.close()
 
-    def episodes(self, count: int, dice: random.Random, stray: float = 0.0) -> Iterator[list[Lesson]]:
-        """`count` episodes, each won by its gold path within the turns; `stray` is the chance of a random command before
-        an action. Raises UserError when ten times as many tasks do not give that many."""
+    def episodes(self, count: int, dice: random.Random, stray: float = 0.0, harmless: bool = False) -> Iterator[list[Lesson]]:
+        """`count` episodes that follow gold paths which win within the turns; `stray` is the chance of a random command
+        before an action. With `harmless` these change nothing, and the episode itself is won within the turns.
+
+        Raises UserError when ten times as many tasks do not give that many."""
         if not count:
             return
         found = 0
@@ -183,20 +185,44 @@ class Lessons:
             path = self.gold.get(task)
             if path is None or not path.wins or len(path.actions) > self.env.max_turns:
                 continue
-            yield list(self._play(task, path, dice, stray))
+            turns = list(self._play(task, path, dice, stray, harmless))
+            if harmless and not (turns[-1].after.won and len(turns) <= self.env.max_turns):
+                continue
+            yield turns
             found += 1
             if found == count:
                 return
         raise UserError(f"only {found} of {count} gold paths win within env.max_turns={self.env.max_turns}: raise it, or lower coldstart.trajectories")
 
-    def _play(self, task: Task, path: GoldPath, dice: random.Random, stray: float) -> Iterator[Lesson]:
+    def wander(self, count: int, dice: random.Random) -> Iterator[tuple[Lesson, list[Lesson]]]:
+        """`count` turns of random play in training variations of all thirty types, each with those before it in its episode."""
+        found = 0
+        while True:
+            kind = dice.choice(list(VARIATIONS))
+            game = self.gold.game(make_task(kind, dice.choice(fold(VARIATIONS[kind], "train"))))
+            seen, before = game.reset(), []
+            description, last = seen.description, ""
+            for _ in range(dice.randint(4, self.env.max_turns)):
+                action = astray(seen, last, dice)
+                after = game.step(action)
+                turn = Lesson(description, seen, action, after, "", action)
+                yield turn, before
+                found += 1
+                if found == count:
+                    return
+                before.append(turn)
+                seen, last = after, action
+                if seen.done:
+                    break
+
+    def _play(self, task: Task, path: GoldPath, dice: random.Random, stray: float, harmless: bool) -> Iterator[Lesson]:
         game, progress = self.gold.game(task), Progress(path)
         seen = game.reset()
         description = seen.description
         progress.see(None, seen)
         last = ""
         for better in path.actions:
-            for action in ([astray(seen, last, dice)] if dice.random() < stray else []) + [better]:
+            for action in ([astray(seen, last, dice, harmless)] if dice.random() < stray else []) + [better]:
                 after = game.step(action)
                 progress.see(action, after)
                 yield Lesson(description, seen, action, after, thought(better if dice.random() < 0.5 else action), better)
@@ -205,15 +231,18 @@ class Lessons:
                     return
 
 
-def astray(seen: Observation, last: str, dice: random.Random) -> str:
+def astray(seen: Observation, last: str, dice: random.Random, harmless: bool = False) -> str:
     """Something an expert would not do: any command that the prompt allows (but ten ticks of waiting, which may ruin the
-    task), the last one again, or one about a thing that is not there."""
+    task), the last one again, or one about a thing that is not there. With `harmless`, only what changes nothing."""
     draw = dice.random()
-    if last and draw < 0.3:
+    if last and draw < 0.3 and not harmless:
         return last
     if draw < 0.5:
         return f"{dice.choice(('pick up', 'open', 'look at', 'focus on'))} {dice.choice(('blue whale', 'moon', 'answer', 'telephone'))}"
-    command = dice.choice([form for form in seen.admissible if form != "wait"])
+    forms = [form for form in seen.admissible if form != "wait"]
+    if harmless:
+        forms = [form for form in forms if form in ("look around", "inventory", "look at OBJ")] or forms[:1]
+    command = dice.choice(forms)
     while "OBJ" in command and seen.objects:
         command = command.replace("OBJ", dice.choice(seen.objects), 1)
     return command
