@@ -40,7 +40,7 @@ from gcdlite.policy import Policy, load_tokenizer, resolve
 from gcdlite.records import Suggestion, Task, UserError
 
 MADE = "made.json"  # how weights were made, in their folder
-LOOKS = 8  # things asked for in one prompt of nano's exercises, at most
+LOOKS = 8  # questions to one prompt of nano's exercises
 # nano's exercises in reading, from small to as large as a real prompt: (share of them, earlier turns shown, other places)
 EXERCISES = ((0.4, None, (3, 3)), (0.15, 0, (2, 4)), (0.15, 1, (3, 8)), (0.3, 2, (4, 14)))
 SHORT_LIST = 6  # commands listed in nano's first lessons
@@ -257,7 +257,7 @@ def exercises(kinds: Sequence[str], style: Style, count: int, rng: random.Random
     place is visited. In phases of growing size; an eighth of each is as small as those before.
 
     In play one prompt asks for one thing, and a small model finds habits (of names, of places) sooner than it finds out
-    that it could look. With several questions to a short prompt, nothing else helps; the longer prompts come once it looks.
+    that it could look. With eight questions to a short prompt, nothing else helps; the longer prompts come once it looks.
     """
     phases = []
     for size, (share, *_) in enumerate(EXERCISES):
@@ -319,7 +319,7 @@ def _lesson(description: str, admissible: Sequence[str], elsewhere: set[str], rn
 
 def _looks(admissible: Sequence[str], elsewhere: set[str], rng: random.Random, gone: Collection[str] = ()) -> list[tuple[str, str]]:
     """(thought, command) for each of several things that might be needed at a place where something can be taken; half of
-    them are there, each asked for once.
+    them are there. Some come again: an answer can be copied from the one before, and that is what is learned first (LOG.md).
 
     `elsewhere` are kinds that may be asked for although they are not there; those in `gone`, seen before, more often."""
     takes = [c for c in admissible if c.startswith("take ")]
@@ -327,12 +327,15 @@ def _looks(admissible: Sequence[str], elsewhere: set[str], rng: random.Random, g
     here = {_taken(c): c for c in reversed(takes)}  # the first of its kind
     absent = sorted(elsewhere - set(here))
     missed = sorted(set(gone) - set(here))
-    asked = rng.sample(sorted(here), min(len(here), LOOKS // 2))
-    found = [(explain(here[thing], thing), here[thing]) for thing in asked]
-    for _ in asked if ways and absent else ():
-        thing, action = rng.choice(missed if missed and rng.random() < 0.3 else absent), rng.choice(ways)
-        found.append((f"need {thing}. look in {action[6:]}.", action))
-    rng.shuffle(found)
+    absent = rng.sample(absent, min(len(absent), LOOKS // 2))
+    found = []
+    for _ in range(LOOKS):
+        if ways and absent and rng.random() < 0.5:
+            thing, action = rng.choice(missed if missed and rng.random() < 0.3 else absent), rng.choice(ways)
+            found.append((f"need {thing}. look in {action[6:]}.", action))
+        else:
+            thing = rng.choice(sorted(here))
+            found.append((explain(here[thing], thing), here[thing]))
     return found
 
 

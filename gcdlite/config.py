@@ -238,7 +238,7 @@ class Coldstart(Section):
     from_scratch: bool = Field(False, description="build and train a whole nano model instead of an adapter")
     games: Positive = Field(5000, description="from scratch: games to generate for it")
     games_seed: NonNegative = Field(7, description="from scratch: their seed; not that of the games a run plays")
-    exercises: NonNegative = Field(17000, description="from scratch: made-up places to look for things at, up to eight questions each")
+    exercises: NonNegative = Field(17000, description="from scratch: made-up places to look for things at, eight questions each")
     short_turns: NonNegative = Field(20000, description="from scratch: turns of random play whose command lists are cut to a few entries")
     base_turns: Positive = Field(110000, description="from scratch: turns of random play on all six task types")
     hidden: Positive = Field(128, description="from scratch: width of the model; a multiple of 8")

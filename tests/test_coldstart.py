@@ -97,11 +97,11 @@ def test_exercises_can_only_be_answered_by_reading():
         needs = [re.match(r"need (\w+)\.", thought)[1] for thought, _ in given]
         taken = [n for n, (_, action) in zip(needs, given) if action.startswith("take ")]
         here, absent = here + taken, absent + [n for n in needs if n not in taken]
-        assert len(taken) == len(set(taken)) and 2 * len(taken) == len(given) and len(given) <= coldstart.LOOKS
+        assert len(given) == coldstart.LOOKS
         for thing, (_, action) in zip(needs, given):
             assert action in listed.split("\n") and (f" {thing} " in now) == (thing in taken)
             seen_before += thing not in taken and f" {thing} " in exercise.prompt
-    assert {n[0] for n in here} == {n[0] for n in absent} and seen_before > 30
+    assert {n[0] for n in here} == {n[0] for n in absent} and 0.45 < len(here) / len(here + absent) < 0.55 and seen_before > 30
 
 
 def test_swapped_names_stay_one_room(lessons):
