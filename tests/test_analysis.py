@@ -97,7 +97,8 @@ def test_the_probe_is_a_random_projection_of_the_layers_gradient_and_leaves_no_t
         a, b = layer.lora_A["probe"].weight, layer.lora_B["probe"].weight
         projected = dict(zip(map(id, where.parameters), where.of(s, w)))[id(b)]
         assert torch.allclose(projected, full @ a.T, atol=1e-6)
-        assert a.square().sum(0).mean().item() == pytest.approx(1, abs=0.15)  # so that A^T A is the identity on average
+        every = torch.cat([m.lora_A["probe"].weight.square().sum(0) for m in policy.model.modules() if hasattr(m, "lora_A")])
+        assert every.mean().item() == pytest.approx(1, abs=0.1)  # so that A^T A is the identity on average
         assert len(where.parameters) == 2 * 7  # every linear layer of both blocks, B only
     assert {n: p.requires_grad for n, p in policy.model.named_parameters()} == names
     with torch.no_grad():

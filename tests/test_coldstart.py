@@ -59,7 +59,7 @@ def test_every_order_can_be_read_off_the_prompt(lessons):
                 assert thought.startswith(f"need {thing}. {thing} ") and action.startswith(f"take {thing} ")
             else:
                 kinds["free"] += 1
-    assert min(kinds.values()) > len(lessons) / 20, kinds
+    assert min(kinds.values()) > len(lessons) / 40, kinds
 
 
 FURNITURE = {"shelf", "drawer", "cabinet", "desk", "bed", "countertop", "sidetable", "dresser", "sofa", "garbagecan", "safe", "diningtable", "coffeetable", "armchair"}
@@ -199,7 +199,7 @@ def test_base_lessons_teach_no_task(games_root):
     seen = {True: 0, False: 0}
     for level in ("L0", "L2"):
         for task in level_tasks(games_root, level, "single")[:4]:
-            for lesson in random_examples([task] * 3, Style(), random.Random(2)):
+            for lesson in random_examples([task] * 6, Style(), random.Random(2)):
                 told, _ = shown(lesson.prompt)
                 if told.startswith(("take ", "go ", "examine ", "open ", "close ", "move ", "use ")) or "told to" in lesson.response:
                     continue
