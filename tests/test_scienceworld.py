@@ -428,6 +428,8 @@ def test_a_hung_machine_is_stopped_and_an_episode_that_fails_twice_ends_with_its
     _, _ = pool.reset([PLANT, PLANT])
     hung = pool._places[0].jvm
     os.kill(hung.pid, signal.SIGSTOP)
+    while any(" T " not in task.read_text() for task in Path(f"/proc/{hung.pid}/task").glob("*/stat")):
+        time.sleep(0.01)  # its threads stop one after the other, and one that still runs may answer
     hung.timeout = 1.0
 
     def broken(*_, **__):
