@@ -359,8 +359,6 @@ def _kinds_only(command: str) -> str:
 
 _WORD = re.compile(r"\w+|[^\w\s]")
 _NAME = re.compile(r"(?<![A-Za-z])[a-z]+(?= \d)")
-
-
 _NEEDED = re.compile(r"<think>need ([a-z]+)\.")
 
 

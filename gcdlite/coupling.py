@@ -18,8 +18,8 @@ from torch import Tensor
 from gcdlite.advantages import TokenRows
 from gcdlite.backbone import plain
 from gcdlite.config import Config
-from gcdlite.packing import hidden_states, longest
-from gcdlite.policy import Policy, make_packs
+from gcdlite.packing import hidden_states
+from gcdlite.policy import Policy, by_sample
 from gcdlite.records import Group, Sample, Turn
 
 FULL_VOCABULARY = 20_000  # up to so many entries M keeps a row for each; above, only those of tokens that occur
@@ -93,13 +93,4 @@ def scores(policy: Policy, group: Group, config: Config, keep: str = "auto") -> 
 def _states(policy: Policy, turns: Sequence[Turn], config: Config) -> Tensor:
     """The inputs of lm_head that predict the response tokens of the turns, in their order: (n, d)."""
     samples = [Sample(t.prompt_ids, t.response_ids, [], []) for t in turns]
-    parts: list[Tensor] = [torch.empty(0)] * len(samples)
-
-    def work() -> None:
-        for p in make_packs(policy, samples, config):
-            states = hidden_states(policy.model, p)
-            for k, i in enumerate(p.samples):
-                parts[i] = states[p.offsets[k] : p.offsets[k + 1]]
-
-    policy.within_memory("token_budget", longest(samples), work)
-    return torch.cat(parts)
+    return torch.cat(by_sample(policy, samples, config, lambda pack: hidden_states(policy.model, pack)))

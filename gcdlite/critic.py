@@ -22,7 +22,7 @@ from gcdlite.advantages import TokenRows
 from gcdlite.config import Config
 from gcdlite.losses import clipped_value_loss
 from gcdlite.packing import Pack, hidden_states, longest
-from gcdlite.policy import Policy, make_packs
+from gcdlite.policy import Policy, by_sample, make_packs
 from gcdlite.records import Group, Sample
 from gcdlite.update import minibatches, warmed_up
 
@@ -69,17 +69,8 @@ class Critic:
         """V before each response token of the groups: for each group [episode][turn][token]."""
         turns = [t for g in groups for e in g.episodes for t in e.turns]
         samples = [Sample(t.prompt_ids, t.response_ids, [], []) for t in turns]
-        rows: list[list[float]] = [[] for _ in samples]
-
-        def work() -> None:
-            for p in make_packs(self.policy, samples, self.config):
-                found = self.score(p).tolist()
-                for k, i in enumerate(p.samples):
-                    rows[i] = found[p.offsets[k] : p.offsets[k + 1]]
-
         with self.active():
-            self.policy.within_memory("token_budget", longest(samples), work)
-        rest = iter(rows)
+            rest = iter(by_sample(self.policy, samples, self.config, lambda pack: self.score(pack).tolist()))
         return [[[next(rest) for _ in e.turns] for e in g.episodes] for g in groups]
 
     def update(self, samples: Sequence[Sample], rng: random.Random) -> dict[str, float]:

@@ -13,7 +13,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from gcdlite.config import Config, Rollout, Update
-from gcdlite.packing import Pack, pack
+from gcdlite.packing import Pack, longest, pack
 from gcdlite.records import Sample, UserError
 from gcdlite.sampling import Completion, HeadCache, sample
 
@@ -388,3 +388,21 @@ def make_packs(policy: Policy, samples: Sequence[Sample], config: Config) -> lis
     """The samples' packs for this model (a stem is impossible where layers are checkpointed)."""
     width = policy.model.config.get_text_config().hidden_size
     return pack(samples, policy.token_budget, width=width, stem=not config.model.checkpointing)
+
+
+def by_sample(policy: Policy, samples: Sequence[Sample], config: Config, score: Callable[[Pack], Any]) -> list[Any]:
+    """What `score` says of the samples' response tokens (of a pack's N tokens, in its order), cut into the samples' own
+    parts, in the samples' order. As many tokens at a time as memory allows.
+
+    Raises UserError when memory does not suffice for the longest sample.
+    """
+    parts: list[Any] = [None] * len(samples)
+
+    def work() -> None:
+        for p in make_packs(policy, samples, config):
+            values = score(p)
+            for k, i in enumerate(p.samples):
+                parts[i] = values[p.offsets[k] : p.offsets[k + 1]]
+
+    policy.within_memory("token_budget", longest(samples), work)
+    return parts

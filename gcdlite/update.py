@@ -17,7 +17,7 @@ from gcdlite.config import Config
 from gcdlite.gcd import value as value_head
 from gcdlite.losses import clipped_policy_loss, k3, token_weights
 from gcdlite.packing import logprobs, longest
-from gcdlite.policy import Policy, make_packs
+from gcdlite.policy import Policy, by_sample, make_packs
 from gcdlite.records import Sample
 
 STREAMS = ("policy", "judgment")
@@ -165,16 +165,7 @@ def _reference_logprobs(policy: Policy, samples: Sequence[Sample], config: Confi
 @torch.no_grad()
 def _logprobs(policy: Policy, samples: Sequence[Sample], config: Config) -> list[list[float]]:
     """Log-probs of every response token as the model stands."""
-    out: list[list[float]] = [[] for _ in samples]
-
-    def work() -> None:
-        for p in make_packs(policy, samples, config):
-            values = logprobs(policy.model, p, config.rollout.temperature).logprobs.tolist()
-            for k, i in enumerate(p.samples):
-                out[i] = values[p.offsets[k] : p.offsets[k + 1]]
-
-    policy.within_memory("token_budget", longest(samples), work)
-    return out
+    return by_sample(policy, samples, config, lambda pack: logprobs(policy.model, pack, config.rollout.temperature).logprobs.tolist())
 
 
 def _measured_kl(policy: Policy, samples: Sequence[Sample], config: Config, turns: int = 64) -> float:
