@@ -26,7 +26,7 @@ def games_root(tmp_path_factory):
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory, games_root):
     """A folder with an untrained two-layer model and a tokenizer of the games' language."""
-    from gcdlite.coldstart import Style, random_examples
+    from gcdlite.lessons import Style, random_examples
     from gcdlite.envs.alfworld.games import level_tasks
     from gcdlite.nano import build_model, build_tokenizer
 

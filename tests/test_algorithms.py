@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from gcdlite import coldstart, envs, prompts, rollout
+from gcdlite import coldstart, envs, lessons, prompts, rollout
 from gcdlite import train as loop
 from gcdlite.advantages import ALGORITHMS
 from gcdlite.config import ALGO_FIELDS, UNTRAINED, Algo, check, load
@@ -169,9 +169,9 @@ def test_the_rollout_asks_for_tags_and_records_them(small_config):
 
 def test_experts_with_tags_say_what_they_do(games_root):
     tasks = level_tasks(games_root, "train", "single")[:12]
-    style, dice = coldstart.Style(tags=True), random.Random(0)
-    prior = coldstart.make_prior(tasks, 12, dice)
-    examples = list(coldstart.expert_examples(tasks, prior, style, dice, deviate=0.3, judge=0.2))
+    style, dice = lessons.Style(tags=True), random.Random(0)
+    prior = lessons.make_prior(tasks, 12, dice)
+    examples = list(lessons.expert_examples(tasks, prior, style, dice, deviate=0.3, judge=0.2))
     plays = [e for e in examples if e.kind == "expert"]
     tags = [parse_tagged(e.response) for e in plays]
     assert not any(malformed for _, malformed, _ in tags)

@@ -14,7 +14,7 @@ FLOORS = [
     ["backbone", "sampling", "packing", "policy"],
     ["rollout", "advantages", "losses"],
     ["gcd", "update", "coupling", "critic", "evaluate", "agreement"],
-    ["nano", "sft", "coldstart", "checkpoint", "plan", "analysis"],
+    ["nano", "sft", "lessons", "coldstart", "checkpoint", "plan", "analysis"],
     ["train"],
     ["sweep", "doctor"],
     ["view"],

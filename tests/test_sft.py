@@ -11,12 +11,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from gcdlite import coldstart, prompts, sft
-from gcdlite.coldstart import Style, encode
+from gcdlite.coldstart import encode
 from gcdlite.config import check
 from gcdlite.envs.alfworld import split_intro
 from gcdlite.envs.alfworld.engine import Game
 from gcdlite.envs.alfworld.games import level_tasks
 from gcdlite.gcd.labels import verdict
+from gcdlite.lessons import Style, judgment_example
 from gcdlite.packing import logprobs
 from gcdlite.policy import HEAD, NANO, Policy, make_packs
 from gcdlite.records import Sample, UserError
@@ -33,7 +34,7 @@ def nano_config(small_config):
     return small_config
 
 
-def lessons(config, variant):
+def examples_of(config, variant):
     config.coldstart.variant = variant
     return coldstart._alfworld_lessons(config, random.Random(0))
 
@@ -58,7 +59,7 @@ def loss_of(policy, rows):
 
 
 def test_variants_show_the_same_expert_turns_and_differ_in_what_stands_beside_them(nano_config):
-    shown = {variant: lessons(nano_config, variant) for variant in VARIANTS}
+    shown = {variant: examples_of(nano_config, variant) for variant in VARIANTS}
     experts = {variant: [e for e in found if e.kind == "expert"] for variant, found in shown.items()}
     assert shown["vanilla"] == experts["vanilla"] == experts["judge"] == experts["future"] == experts["value"] != []
     kinds = {"judge": "judgment", "future": "future", "value": "value"}
@@ -78,7 +79,7 @@ def test_each_variants_example_is_what_the_engine_says_of_the_turn(games_root, s
     found = {"judge": [], "future": [], "value": []}
     for variant, examples in found.items():
         for seed in range(30):
-            example = coldstart.judgment_example(
+            example = judgment_example(
                 game, seen, prompt, "why.", game.walkthrough[0], "mug", None, Style(style, variant=variant), random.Random(seed), "think"
             )
             if example:
@@ -113,7 +114,7 @@ def test_the_schedule_by_hand(step, share):
 def test_trls_trainer_ends_where_our_own_loop_ends(nano_config, tmp_path):
     """Same rows, batches, optimizer and schedule: the adapter must be the same, but for the order of additions."""
     ours, theirs, start = (Policy(nano_config) for _ in range(3))
-    rows = [encode(start.tokenizer, e) for e in lessons(nano_config, "judge")]
+    rows = [encode(start.tokenizer, e) for e in examples_of(nano_config, "judge")]
     dice, said = random.Random(3), []
     batches = [b for _ in range(2) for b in coldstart._batches(rows, 800, dice)]
     coldstart.fit(ours.model, [rows] * 2, lr=3e-3, batch_tokens=800, prompt_weight=0.0, warmup=3, pad=ours.tokenizer.pad_token_id, seed=3)
@@ -127,7 +128,7 @@ def test_trls_trainer_ends_where_our_own_loop_ends(nano_config, tmp_path):
 def test_only_response_tokens_are_in_the_loss(nano_config, tmp_path):
     """The first loss that is reported is that of the start: the mean over response tokens, by hand."""
     policy = Policy(nano_config)
-    rows = [encode(policy.tokenizer, e) for e in lessons(nano_config, "future")[-5:]]
+    rows = [encode(policy.tokenizer, e) for e in examples_of(nano_config, "future")[-5:]]
     wanted, everything = loss_of(policy, rows), -torch.cat([by_hand(policy, r) for r in rows]).mean().item()
     losses = []
     sft.tune(policy, rows, [range(5)] * 2, lr=3e-3, warmup=1, folder=tmp_path, seed=0, report=lambda step, total, loss, speed: losses.append(loss))
@@ -141,7 +142,7 @@ def test_a_four_bit_models_adapter_stays_in_full_precision(nano_config, tmp_path
     policy = Policy(nano_config)
     before = [p.detach().clone() for p in policy.parameters()]
     assert any(not torch.equal(p, p.bfloat16().float()) for p in before)
-    rows = [encode(policy.tokenizer, e) for e in lessons(nano_config, "vanilla")[:2]]
+    rows = [encode(policy.tokenizer, e) for e in examples_of(nano_config, "vanilla")[:2]]
     sft.tune(policy, rows, [[0], [1]], lr=0.0, warmup=1, folder=tmp_path, seed=0, report=silent)
     assert all(torch.equal(p, q) and q.dtype == torch.float32 for p, q in zip(before, policy.parameters()))
     sft.tune(policy, rows, [[0], [1]], lr=1e-3, warmup=1, folder=tmp_path, seed=0, report=silent)
@@ -154,7 +155,7 @@ def test_checkpointed_layers_are_trained_too(nano_config, tmp_path):
     for checkpointing in (False, True):
         nano_config.model.checkpointing = checkpointing
         policy = Policy(nano_config)
-        rows = rows or [encode(policy.tokenizer, e) for e in lessons(nano_config, "vanilla")[:3]]
+        rows = rows or [encode(policy.tokenizer, e) for e in examples_of(nano_config, "vanilla")[:3]]
         sft.tune(policy, rows, [[0, 1], [2]], lr=1e-3, warmup=1, folder=tmp_path, seed=0, report=silent)
         ends.append([p.detach() for p in policy.parameters()])
     assert all(torch.allclose(p, q, atol=1e-5) for p, q in zip(*ends)) and all(p.abs().max() > 0 for p in ends[0])
@@ -168,7 +169,7 @@ def test_an_adapter_on_lm_head_is_refused(nano_config, tmp_path):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_leaves_an_adapter_that_does_better_and_loads_again(nano_config, tmp_path, variant):
-    rows = [encode(Policy(nano_config).tokenizer, e) for e in lessons(nano_config, variant) if e.kind != "value"]
+    rows = [encode(Policy(nano_config).tokenizer, e) for e in examples_of(nano_config, variant) if e.kind != "value"]
     before = loss_of(Policy(nano_config), rows)
     coldstart.main(nano_config, tmp_path)
     assert nano_config.gcd.head == "generative"  # the caller's settings are left alone
@@ -199,7 +200,7 @@ def head_config(nano_config):
 def test_the_first_loss_with_a_value_head_by_hand(head_config):
     """An untrained head says one half: ln 2 for each labelled row, whatever the label, and nothing for its tokens."""
     policy = Policy(head_config)
-    examples = lessons(head_config, "value")[-7:]
+    examples = examples_of(head_config, "value")[-7:]
     rows, labels = [encode(policy.tokenizer, e) for e in examples], [e.label for e in examples]
     assert labels[:2] == [None] * 2 and None not in labels[2:]
     wanted = loss_of(policy, rows[:2]) + 0.6 * math.log(2)
@@ -212,7 +213,7 @@ def test_the_first_loss_with_a_value_head_by_hand(head_config):
 
 def test_without_weight_the_head_changes_nothing(head_config):
     """Labelled rows with weight 0 leave the adapter where the other rows alone take it, and the head at zero."""
-    examples = lessons(head_config, "value")[-7:]
+    examples = examples_of(head_config, "value")[-7:]
     ends = []
     for chosen in (range(7), range(2)):
         policy = Policy(head_config)
@@ -225,7 +226,7 @@ def test_without_weight_the_head_changes_nothing(head_config):
 
 def test_a_step_may_hold_rows_of_one_sort_only(head_config):
     policy = Policy(head_config)
-    examples = lessons(head_config, "value")[-6:]
+    examples = examples_of(head_config, "value")[-6:]
     rows, labels = [encode(policy.tokenizer, e) for e in examples], [e.label for e in examples]
     sft.tune_with_head(policy, rows, labels, [[0], [1, 2], [0, 3, 4, 5]], lr=3e-3, warmup=1, weight=1.0, report=silent)
     assert all(torch.isfinite(p).all() for p in policy.parameters()) and policy.value_head.weight.any()
@@ -234,7 +235,7 @@ def test_a_step_may_hold_rows_of_one_sort_only(head_config):
 def test_the_loss_of_the_other_rows_is_the_policys_own(head_config):
     """`tune_with_head` scores responses as RL does: packed, with the same numbers as a plain forward pass."""
     policy = Policy(head_config)
-    rows = [encode(policy.tokenizer, e) for e in lessons(head_config, "vanilla")[:3]]
+    rows = [encode(policy.tokenizer, e) for e in examples_of(head_config, "vanilla")[:3]]
     samples = [Sample(ids[:begin], ids[begin:], [], []) for ids, begin in rows]
     with torch.no_grad():
         found = torch.cat([logprobs(policy.model, p).logprobs for p in make_packs(policy, samples, head_config)])
