@@ -336,6 +336,22 @@ def test_many_real_games_equal_the_genuine_engine(games, genuine):
         compare(genuine, path, steps=40, seed=seed, script=Game(path).walkthrough if seed % 2 else None)
 
 
+@pytest.mark.slow
+def test_every_real_walkthrough_wins_and_no_plan_is_longer(tmp_path):
+    """All 3,723 public games: the walkthroughs are shortest plans, so ours must be exactly as long."""
+    root = Path(os.environ["ALFWORLD_DATA"]) if "ALFWORLD_DATA" in os.environ else tmp_path
+    if root == tmp_path:
+        if not ARCHIVE.is_file():
+            pytest.skip("no real games: set ALFWORLD_DATA to the folder that holds json_2.1.1")
+        with tarfile.open(ARCHIVE) as archive:
+            archive.extractall(root, [m for m in archive if m.name.endswith("game.tw-pddl")], filter="data")
+    for path in sorted(root.glob("**/game.tw-pddl")):
+        if "Sliced" not in str(path) and "movable" not in str(path):
+            game = Game(path)
+            assert game.reset().plan is None and game.plan_length() == len(game.walkthrough), path
+            assert [game.step(command).won for command in game.walkthrough][-1], path
+
+
 # ---- texts and rules, by hand
 
 
