@@ -81,11 +81,12 @@ def operations(model, packs: list[Pack]) -> tuple[float, float]:
     column that is compared; masked ones, too: they are computed), and in lm_head at response tokens."""
     config = model.config
     inner = sum(p.numel() for n, p in model.named_parameters() if "layers" in n and "lora" not in n and p.dim() == 2)
+    wide = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)  # nano's: twice hidden_size
     layers = head = 0.0
     for one in packs:
         (rows, columns), stem = one.ids.shape, len(one.stem)
         pairs = stem * stem + rows * columns * (stem + columns)
-        layers += 2 * inner * one.tokens + 4 * config.num_hidden_layers * config.hidden_size * pairs
+        layers += 2 * inner * one.tokens + 4 * config.num_hidden_layers * wide * pairs
         head += 2 * config.hidden_size * config.vocab_size * len(one.targets)
     return layers, head
 

@@ -122,13 +122,14 @@ def _alfworld_material(config: Config, dice: random.Random) -> Material:
     keep = {*prior.places, "desklamp", "floorlamp"}
     lessons = _expert_lessons(config, tasks, prior, dice)
     lessons = [swap_names(e, dice, keep) if e.kind == "expert" and dice.random() < 0.5 else e for e in lessons]
+    every = find_games(root, "train", [*IN_DOMAIN, *OUT_OF_DOMAIN])
+    kinds = sorted({kind for t in dice.sample(every, min(300, len(every))) for kind in NAME.findall(str(Game(t.path).contents()))})
+    lessons += exercises(kinds, style, cfg.exercises // 2, dice)[-1]  # what was learned first is not to be forgotten
     if cfg.start:
         return Material([], [], lambda count: lessons)
-    every = find_games(root, "train", [*IN_DOMAIN, *OUT_OF_DOMAIN])
     short = list(islice(random_examples(laps(every, dice), _style(config, SHORT_LIST), dice), cfg.short_turns))
     full = list(islice(random_examples(laps(every, dice), style, dice), cfg.base_turns))
     texts = [e for part in (short, full, lessons) for e in part[:4000]]
-    kinds = sorted({kind for t in dice.sample(every, min(300, len(every))) for kind in NAME.findall(str(Game(t.path).contents()))})
     phases = [*exercises(kinds, style, cfg.exercises, dice), short, full]
     return Material(phases, texts, lambda count: lessons)
 

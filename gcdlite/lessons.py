@@ -15,7 +15,7 @@ from functools import partial
 from gcdlite import prompts
 from gcdlite.envs.alfworld import split_intro
 from gcdlite.envs.alfworld.engine import Game
-from gcdlite.envs.alfworld.experts import Expert, Goal, Prior, parse_goal, type_of
+from gcdlite.envs.alfworld.experts import NOTHING, Expert, Goal, Prior, parse_goal, type_of
 from gcdlite.gcd.labels import verdict
 from gcdlite.gcd.suggest import MISTAKES
 from gcdlite.records import Suggestion, Task
@@ -267,10 +267,18 @@ def _exercise(kinds: Sequence[str], style: Style, window: int | None, others: tu
     before = [things(0, 3) for _ in way[1:]]
     history = [(arrive(place, items), f"go to {then}") for place, items, then in zip(way, before, way[1:])]
     here, place = things(2, 7), way[-1]
+    now = arrive(place, here)
+    tried: list[str] = []
+    if window and rng.random() < 0.5:  # what was tried in vain is in the memory, too, and is not here for that
+        tried = rng.sample(sorted(set(portable) - {type_of(t) for t in here}), rng.randint(1, 3))
+        for kind in tried:
+            history.append((now, f"go to {place}" if rng.random() < 0.3 else f"take {kind} {rng.randint(1, 3)} from {place}"))
+            now = NOTHING
+        history = history[-window:]
     admissible = sorted([f"examine {place}", "inventory", "look"] + [f"go to {p}" for p in places if p != place] + [f"take {t} from {place}" for t in here])
-    gone = {type_of(t) for items in before for t in items}
+    gone = {type_of(t) for items in before for t in items} | set(tried)
     answers = _looks(admissible, set(portable), rng, gone)
-    prompt = prompts.turn_prompt(style.prompt, "read.", rng.randrange(style.max_turns), history, arrive(place, here), admissible)
+    prompt = prompts.turn_prompt(style.prompt, "read.", rng.randrange(style.max_turns), history, now, admissible)
     if window is None:
         prompt = prompt[prompt.index(prompts.SLOTS[style.prompt]["now"]) :]
     return Example(prompt, "".join(prompts.answer(*a) for a in answers), "random")

@@ -121,10 +121,11 @@ def test_update_counts_operations_by_hand():
     model = common.plain_nano()
     config = model.config
     packs = pack([Sample([1, 2, 3], [4, 5], [0.0] * 2, [0.0] * 2)], 64, stem=False)  # four tokens are read, two predicted
-    per_layer = config.hidden_size * (2 * config.hidden_size + 2 * 64 + 3 * config.intermediate_size)  # q, o; k, v; the MLP
+    wide, narrow = config.head_dim * config.num_attention_heads, config.head_dim * config.num_key_value_heads
+    per_layer = config.hidden_size * (2 * wide + 2 * narrow + 3 * config.intermediate_size)  # q, o; k, v; the MLP
     layers, head = update.operations(model, packs)
     assert head == 2 * 2 * config.hidden_size * config.vocab_size
-    assert layers == config.num_hidden_layers * (2 * 4 * per_layer + 4 * 4 * 4 * config.hidden_size)
+    assert layers == config.num_hidden_layers * (2 * 4 * per_layer + 4 * 4 * 4 * wide)
 
 
 @pytest.mark.parametrize("arguments", [["--groups", "0"], ["--their-batch", "x"], ["--repeats", "1", "--groups", "1", "--group-size", "3"]])

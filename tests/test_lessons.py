@@ -84,7 +84,7 @@ def test_exercises_can_only_be_answered_by_reading():
     assert [len(p) for p in phases] == [80, 30, 30, 60]
     lengths = [sum(len(e.prompt) for e in p) / len(p) for p in phases]
     assert lengths == sorted(lengths) and all(e.prompt.startswith("Now: ") for e in phases[0])
-    here, absent, seen_before = [], [], 0
+    here, absent, seen_before, failed, tried = [], [], 0, 0, 0
     for exercise in (e for p in phases for e in p):
         now, listed = exercise.prompt[exercise.prompt.index("Now: ") :].split("\nCan:\n")
         given = answers(exercise.response)
@@ -93,9 +93,13 @@ def test_exercises_can_only_be_answered_by_reading():
         here, absent = here + taken, absent + [n for n in needs if n not in taken]
         assert len(given) == LOOKS
         for thing, (_, action) in zip(needs, given):
-            assert action in listed.split("\n") and (f" {thing} " in now) == (thing in taken)
+            assert action in listed.split("\n") and (f"\ntake {thing} " in f"\n{listed}") == (thing in taken)
+            assert now.startswith("Now: Nothing happens.") or (f" {thing} " in now) == (thing in taken)
             seen_before += thing not in taken and f" {thing} " in exercise.prompt
+            tried += thing not in taken and f"Did: take {thing} " in exercise.prompt
+        failed += now.startswith("Now: Nothing happens.")
     assert {n[0] for n in here} == {n[0] for n in absent} and 0.45 < len(here) / len(here + absent) < 0.55 and seen_before > 30
+    assert 20 < failed < 60 and tried > 20  # a thing that was taken in vain is asked for again
 
 
 def test_swapped_names_stay_one_room(orders):

@@ -208,3 +208,4 @@ def test_the_shipped_nano():
     base = sum(p.numel() for n, p in policy.model.named_parameters() if "lora" not in n)
     assert base == made["parameters"] and (NANO / "model.safetensors").stat().st_size <= 4_000_000
     assert made["command"].startswith("python run.py coldstart") and made["minutes"] > 0
+    assert check({"coldstart": made["coldstart"]}).coldstart.from_scratch  # today's settings can make it again
