@@ -26,6 +26,7 @@ import torch
 from gcdlite.backbone import plain
 from gcdlite.gcd import judge as judging
 from gcdlite.packing import Pack, logprobs, pack
+from gcdlite.plan import Shape
 from gcdlite.policy import make_packs
 from gcdlite.records import LabelledTurn, Sample
 from gcdlite.train import policy_samples
@@ -81,7 +82,8 @@ def operations(model, packs: list[Pack]) -> tuple[float, float]:
     column that is compared; masked ones, too: they are computed), and in lm_head at response tokens."""
     config = model.config
     inner = sum(p.numel() for n, p in model.named_parameters() if "layers" in n and "lora" not in n and p.dim() == 2)
-    wide = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)  # nano's: twice hidden_size
+    shape = Shape.of(config)
+    wide = shape.heads * shape.head_dim  # nano's: twice hidden_size
     layers = head = 0.0
     for one in packs:
         (rows, columns), stem = one.ids.shape, len(one.stem)
