@@ -33,7 +33,7 @@ from gcdlite.envs.alfworld.experts import Prior
 from gcdlite.envs.alfworld.games import IN_DOMAIN, OUT_OF_DOMAIN, find_games
 from gcdlite.envs.scienceworld.experts import Lesson, Lessons, thought
 from gcdlite.gcd.labels import verdict
-from gcdlite.lessons import NAME, Example, Style, exercises, expert_examples, judgment_text, laps, make_prior, random_examples, swap_names
+from gcdlite.lessons import NAME, Example, Style, copying, exercises, expert_examples, judgment_text, laps, make_prior, random_examples, reminders, swap_names
 from gcdlite.nano import build_model, build_tokenizer
 from gcdlite.policy import Policy, load_tokenizer, resolve
 from gcdlite.records import Task, UserError
@@ -118,20 +118,26 @@ def _alfworld_material(config: Config, dice: random.Random) -> Material:
     root = generated_root(cfg.games, cfg.games_seed)
     tasks = find_games(root, "train", IN_DOMAIN)
     prior = make_prior(tasks, 500, dice)
-    # Half of the lessons lose the names of what is sought: who is to find it must read it, not know it by heart.
-    keep = {*prior.places, "desklamp", "floorlamp"}
-    lessons = _expert_lessons(config, tasks, prior, dice)
-    lessons = [swap_names(e, dice, keep) if e.kind == "expert" and dice.random() < 0.5 else e for e in lessons]
+    lessons = [_renamed(e, prior, dice) if e.kind == "expert" else e for e in _expert_lessons(config, tasks, prior, dice)]
     every = find_games(root, "train", [*IN_DOMAIN, *OUT_OF_DOMAIN])
     kinds = sorted({kind for t in dice.sample(every, min(300, len(every))) for kind in NAME.findall(str(Game(t.path).contents()))})
-    lessons += exercises(kinds, style, cfg.exercises // 2, dice)[-1]  # what was learned first is not to be forgotten
+    lessons += reminders(kinds, style, cfg.reminders, dice)
     if cfg.start:
         return Material([], [], lambda count: lessons)
     short = list(islice(random_examples(laps(every, dice), _style(config, SHORT_LIST), dice), cfg.short_turns))
     full = list(islice(random_examples(laps(every, dice), style, dice), cfg.base_turns))
     texts = [e for part in (short, full, lessons) for e in part[:4000]]
-    phases = [*exercises(kinds, style, cfg.exercises, dice), short, full]
+    phases = [copying(kinds, cfg.lists, dice), *exercises(kinds, style, cfg.exercises, dice), short, full]
     return Material(phases, texts, lambda count: lessons)
+
+
+def _renamed(lesson: Example, prior: Prior, dice: random.Random) -> Example:
+    """The lesson with other names in two of three: who is to find a thing, or a place that is there, must read, not know it by
+    heart. In half of those the places keep their names, so that where a thing is likely remains worth knowing."""
+    draw = dice.random()
+    if draw < 1 / 3:
+        return lesson
+    return swap_names(lesson, dice, keep={*prior.places, "desklamp", "floorlamp"} if draw < 2 / 3 else ())
 
 
 def _science_material(config: Config, dice: random.Random) -> Material:

@@ -21,6 +21,7 @@ from gcdlite.gcd.suggest import MISTAKES
 from gcdlite.records import Suggestion, Task
 
 LOOKS = 8  # questions to one prompt of nano's exercises
+MOST = 20  # highest number of a made-up thing: among a few, guessing would do
 # nano's exercises in reading, from small to as large as a real prompt: (share of them, earlier turns shown, other places)
 EXERCISES = ((0.4, None, (3, 3)), (0.15, 0, (2, 4)), (0.15, 1, (3, 8)), (0.3, 2, (4, 14)))
 
@@ -77,7 +78,8 @@ def deviation(admissible: Sequence[str], last: str | None, rng: random.Random, t
     """Something an expert would not do: any admissible command, the last one again, or one that does not work here.
 
     With `thing`, what the task seeks, it is often what a small model gets wrong by itself: taking the thing where it is
-    not, or going where it stands. Lessons have to show what comes after that, or one such turn repeats for ever (LOG.md).
+    not, going where it stands, or to the next of a kind of places when there are no more. Lessons have to show what comes
+    after that, or one such turn repeats for ever (LOG.md).
     """
     draw = rng.random()
     if last and draw < 0.15:
@@ -85,7 +87,9 @@ def deviation(admissible: Sequence[str], last: str | None, rng: random.Random, t
     if thing and draw > 0.7:
         here = [c[8:] for c in admissible if c.startswith("examine ")] or [c[6:] for c in admissible if c.startswith("go to ")]
         place = rng.choice(here) if here else "shelf 1"
-        return f"go to {place}" if draw > 0.9 else f"take {thing} {rng.randint(1, 3)} from {place}"
+        if draw > 0.9:
+            return f"go to {place}" if rng.random() < 0.4 else f"go to {type_of(place)} {rng.randint(2, 8)}"
+        return f"take {thing} {rng.randint(1, 3)} from {place}"
     if draw < 0.35:
         verb, *rest = rng.choice(admissible).split(" ", 1)
         other = rng.choice(admissible).split(" ", 1)
@@ -236,9 +240,25 @@ def random_examples(tasks: Iterable[Task], style: Style, rng: random.Random) -> 
                 break
 
 
+def copying(kinds: Sequence[str], count: int, rng: random.Random) -> list[Example]:
+    """Lists of numbered things, and some of them again in another order: the number follows from where the name stood before.
+
+    Of all that reading needs, this is what a small model finds last by itself, and learns in minutes from such lists (LOG.md).
+    """
+
+    def listed(items: Iterable[str]) -> str:
+        return ", ".join(f"a {item}" for item in items) + "."
+
+    lists = []
+    for _ in range(count):
+        items = [f"{kind} {rng.randint(1, MOST)}" for kind in rng.sample(list(kinds), rng.randint(2, 8))]
+        lists.append(Example(f"Now: {listed(items)}", listed(rng.choice(items) for _ in range(2 * len(items))), "random"))
+    return lists
+
+
 def exercises(kinds: Sequence[str], style: Style, count: int, rng: random.Random) -> list[list[Example]]:
     """Made-up places, and for each several things that might be needed: what lies there is taken, for the others another
-    place is visited. In phases of growing size; an eighth of each is as small as those before.
+    place is visited. In phases of growing size, the last as large as real prompts; an eighth of each is as small as those before.
 
     In play one prompt asks for one thing, and a small model finds habits (of names, of places) sooner than it finds out
     that it could look. With eight questions to a short prompt, nothing else helps; the longer prompts come once it looks.
@@ -250,33 +270,46 @@ def exercises(kinds: Sequence[str], style: Style, count: int, rng: random.Random
     return phases
 
 
+def reminders(kinds: Sequence[str], style: Style, count: int, rng: random.Random) -> list[Example]:
+    """Exercises as large as real prompts, for the cold start: what was learned first is not to be forgotten."""
+    return [_exercise(kinds, style, *EXERCISES[-1][1:], rng) for _ in range(count)]
+
+
 def _exercise(kinds: Sequence[str], style: Style, window: int | None, others: tuple[int, int], rng: random.Random) -> Example:
     """One of them; without a `window`, nothing but the place and the commands is shown."""
     furniture = rng.sample(kinds, rng.randint(3, 7))
     portable = sorted(set(kinds) - set(furniture))
-    places = sorted({f"{rng.choice(furniture)} {rng.randint(1, 6)}" for _ in range(1 + rng.randint(*others))})
+    places = sorted({f"{rng.choice(furniture)} {rng.randint(1, MOST)}" for _ in range(1 + rng.randint(*others))})
 
     def things(least: int, most: int) -> list[str]:
-        return [f"{kind} {rng.randint(1, 3)}" for kind in rng.sample(portable, rng.randint(least, most))]
+        return [f"{kind} {rng.randint(1, MOST)}" for kind in rng.sample(portable, rng.randint(least, most))]
 
     def arrive(place: str, items: Sequence[str]) -> str:
         listed = [f"a {item}" for item in items] or ["nothing"]
         return f"You arrive at {place}. On the {place}, you see {', and '.join([', '.join(listed[:-1]), listed[-1]] if len(listed) > 1 else listed)}."
 
+    here = things(2, 7)
+
+    def another() -> str:
+        """One more of a kind that is here: what its number is must be read where it stands, not in the memory."""
+        kind, number = rng.choice(here).split()
+        return f"{kind} {rng.choice([n for n in range(1, MOST + 1) if n != int(number)])}"
+
     way = [rng.choice(places) for _ in range((window or 0) + 1)]
-    before = [things(0, 3) for _ in way[1:]]
+    before = [things(0, 3) + [another()] * rng.randint(0, 1) for _ in way[1:]]
     history = [(arrive(place, items), f"go to {then}") for place, items, then in zip(way, before, way[1:])]
-    here, place = things(2, 7), way[-1]
+    place = way[-1]
     now = arrive(place, here)
     tried: list[str] = []
     if window and rng.random() < 0.5:  # what was tried in vain is in the memory, too, and is not here for that
-        tried = rng.sample(sorted(set(portable) - {type_of(t) for t in here}), rng.randint(1, 3))
-        for kind in tried:
-            history.append((now, f"go to {place}" if rng.random() < 0.3 else f"take {kind} {rng.randint(1, 3)} from {place}"))
+        tried = [rng.choice([*things(1, 1), another(), another()]) for _ in range(rng.randint(1, 3))]
+        for thing in sorted(set(tried) - set(here)):
+            vain = place if rng.random() < 0.5 else f"{rng.choice(furniture)} {rng.randint(1, MOST)}"
+            history.append((now, f"go to {vain}" if rng.random() < 0.4 else f"take {thing} from {place}"))
             now = NOTHING
         history = history[-window:]
     admissible = sorted([f"examine {place}", "inventory", "look"] + [f"go to {p}" for p in places if p != place] + [f"take {t} from {place}" for t in here])
-    gone = {type_of(t) for items in before for t in items} | set(tried)
+    gone = {type_of(t) for items in [*before, tried] for t in items}
     answers = _looks(admissible, set(portable), rng, gone)
     prompt = prompts.turn_prompt(style.prompt, "read.", rng.randrange(style.max_turns), history, now, admissible)
     if window is None:
@@ -318,7 +351,7 @@ def _looks(admissible: Sequence[str], elsewhere: set[str], rng: random.Random, g
     ways = [c for c in admissible if c.startswith("go to ")]
     here = {_taken(c): c for c in reversed(takes)}  # the first of its kind
     absent = sorted(elsewhere - set(here))
-    missed = sorted(set(gone) - set(here))
+    missed, moved = sorted(set(gone) - set(here)), sorted(set(gone) & set(here))
     absent = rng.sample(absent, min(len(absent), LOOKS // 2))
     found = []
     for _ in range(LOOKS):
@@ -326,7 +359,7 @@ def _looks(admissible: Sequence[str], elsewhere: set[str], rng: random.Random, g
             thing, action = rng.choice(missed if missed and rng.random() < 0.3 else absent), rng.choice(ways)
             found.append((f"need {thing}. look in {action[6:]}.", action))
         else:
-            thing = rng.choice(sorted(here))
+            thing = rng.choice(moved if moved and rng.random() < 0.3 else sorted(here))
             found.append((explain(here[thing], thing), here[thing]))
     return found
 

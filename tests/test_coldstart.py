@@ -10,9 +10,12 @@ from transformers import AutoModelForCausalLM
 
 from gcdlite import coldstart
 from gcdlite.coldstart import encode, fit
+from gcdlite.envs.alfworld.experts import type_of
 from gcdlite.envs.alfworld.games import level_tasks
 from gcdlite.lessons import Example, Style, expert_examples, make_prior
+from gcdlite.nano import build_model
 from gcdlite.policy import load_tokenizer
+from gcdlite.prompts import parse_response
 
 
 def test_without_prompt_weight_only_responses_are_learned(small_model):
@@ -50,10 +53,22 @@ def test_muon_takes_the_matrices_inside_the_layers(small_model):
     assert len(coldstart._optimizers(model, 1e-3, None)) == 1
 
 
+def test_one_head_of_an_untrained_nano_looks_at_the_token_before(small_model):
+    tokenizer = load_tokenizer(small_model)
+    ids = torch.randint(0, len(tokenizer), (1, 300), generator=torch.Generator().manual_seed(0))
+    for hidden in (32, 128):
+        model = build_model(tokenizer, 0, hidden=hidden)
+        model.set_attn_implementation("eager")
+        first, *rest = (layer[0] for layer in model(ids, output_attentions=True).attentions)  # (heads, T, T)
+        assert first[0].diagonal(-1).mean() > 0.95
+        assert max(head.diagonal(-1).mean() for head in [*first[1:], *(h for layer in rest for h in layer)]) < 0.5
+
+
 def test_nano_is_made_from_nothing(small_config, games_root, tmp_path, monkeypatch):
     monkeypatch.setattr(coldstart, "generated_root", lambda n, seed: games_root)
     cfg = small_config.coldstart
-    cfg.from_scratch, cfg.exercises, cfg.short_turns, cfg.base_turns, cfg.trajectories, cfg.judgments, cfg.epochs = True, 20, 30, 60, 3, 5, 1
+    cfg.from_scratch, cfg.lists, cfg.exercises, cfg.reminders, cfg.short_turns, cfg.base_turns = True, 10, 20, 5, 30, 60
+    cfg.trajectories, cfg.judgments, cfg.epochs = 3, 5, 1
     coldstart.main(small_config, tmp_path / "a")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "model")
     made = json.loads((tmp_path / "a" / "model" / "made.json").read_text())
@@ -66,6 +81,20 @@ def test_nano_is_made_from_nothing(small_config, games_root, tmp_path, monkeypat
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "b" / "model")
     for (name, p), q in zip(model.named_parameters(), again.parameters()):
         assert torch.equal(p, q), name
+
+
+def test_renamed_lessons_stay_lessons(games_root):
+    """A third of the expert's turns keeps its names, a third renames things, a third places, too: there the list must be read."""
+    tasks, dice = level_tasks(games_root, "train", "single")[:20], random.Random(0)
+    prior = make_prior(tasks, 20, dice)
+    kinds = {"same": 0, "things": 0, "places": 0}
+    for lesson in expert_examples(tasks, prior, Style(), random.Random(1)):
+        renamed = coldstart._renamed(lesson, prior, dice)
+        command, _ = parse_response(renamed.response)
+        assert command in renamed.prompt.split("\nCan:\n")[1].split("\n")
+        went = [{type_of(c[6:]) for c in e.prompt.split("\n") if c.startswith("go to ")} for e in (lesson, renamed)]
+        kinds["same" if renamed == lesson else "things" if went[0] == went[1] else "places"] += 1
+    assert min(kinds.values()) > 0.1 * sum(kinds.values()), kinds  # where nothing can be taken, a lesson has no thing to rename
 
 
 def test_an_adapter_learns_to_speak_in_the_right_form(small_config, small_model, tmp_path):

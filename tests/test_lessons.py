@@ -7,7 +7,7 @@ import pytest
 
 from gcdlite import prompts
 from gcdlite.envs.alfworld.games import level_tasks
-from gcdlite.lessons import LOOKS, Example, Style, _kinds_only, exercises, random_examples, swap_names
+from gcdlite.lessons import LOOKS, Example, Style, _kinds_only, copying, exercises, random_examples, reminders, swap_names
 from gcdlite.prompts import parse_response
 
 
@@ -80,8 +80,8 @@ def test_what_is_needed_is_renamed_even_where_it_is_not_in_sight():
 
 def test_exercises_can_only_be_answered_by_reading():
     kinds = [f"{a}{b}" for a in "abcde" for b in "uvwxyz"]
-    phases = exercises(kinds, Style(), 200, random.Random(0))
-    assert [len(p) for p in phases] == [80, 30, 30, 60]
+    phases = exercises(kinds, Style(), 800, random.Random(0))
+    assert [len(p) for p in phases] == [320, 120, 120, 240]
     lengths = [sum(len(e.prompt) for e in p) / len(p) for p in phases]
     assert lengths == sorted(lengths) and all(e.prompt.startswith("Now: ") for e in phases[0])
     here, absent, seen_before, failed, tried = [], [], 0, 0, 0
@@ -98,8 +98,32 @@ def test_exercises_can_only_be_answered_by_reading():
             seen_before += thing not in taken and f" {thing} " in exercise.prompt
             tried += thing not in taken and f"Did: take {thing} " in exercise.prompt
         failed += now.startswith("Now: Nothing happens.")
-    assert {n[0] for n in here} == {n[0] for n in absent} and 0.45 < len(here) / len(here + absent) < 0.55 and seen_before > 30
-    assert 20 < failed < 60 and tried > 20  # a thing that was taken in vain is asked for again
+    assert {n[0] for n in here} == {n[0] for n in absent} and 0.45 < len(here) / len(here + absent) < 0.55 and seen_before > 120
+    assert 80 < failed < 240 and tried > 10  # a thing that was taken in vain is asked for again
+
+
+def test_a_number_is_read_where_the_thing_stands_now():
+    """The memory often holds another number of the same kind: seen elsewhere, or taken in vain."""
+    kinds = [f"{a}{b}" for a in "abcde" for b in "uvwxyz"]
+    numbers, elsewhere, vain = set(), 0, 0
+    lessons = reminders(kinds, Style(), 150, random.Random(0))
+    for lesson in lessons:
+        memory = lesson.prompt[: lesson.prompt.index("Now: ")]
+        for _, action in answers(lesson.response):
+            if match := re.match(r"take (\w+) (\d+) from", action):
+                others = set(re.findall(rf"\b{match[1]} (\d+)", memory)) - {match[2]}
+                numbers.add(int(match[2]))
+                elsewhere += bool(others)
+                vain += any(f"Did: take {match[1]} {n} " in memory for n in others)
+    assert len(numbers) > 15 and elsewhere > 100 and vain > 30, (len(numbers), elsewhere, vain)
+    longest = sum(len(e.prompt) for e in exercises(kinds, Style(), 200, random.Random(0))[-1]) / 60
+    assert abs(sum(len(e.prompt) for e in lessons) / 150 - longest) < 0.15 * longest
+
+
+def test_lists_say_every_number_before_it_is_asked_for():
+    for lesson in copying(["mug", "shelf", "cd", "pen", "bed", "fork", "pan", "egg", "box"], 50, random.Random(0)):
+        seen, again = (re.findall(r"a (\w+ \d+)", text) for text in (lesson.prompt, lesson.response))
+        assert set(again) <= set(seen) and len(again) == 2 * len(seen) == 2 * len({s.split()[0] for s in seen})
 
 
 def test_swapped_names_stay_one_room(orders):
