@@ -1,11 +1,15 @@
 """Loading models: full precision and 4 bit, templates, tokens, the reference."""
 
+import random
+import re
 import shutil
 
 import pytest
 import torch
 
+from gcdlite.coldstart import encode
 from gcdlite.config import check
+from gcdlite.lessons import Style, reminders
 from gcdlite.nano import build_model, build_tokenizer
 from gcdlite.policy import NANO, Policy, load_tokenizer, resolve
 from gcdlite.records import UserError
@@ -209,3 +213,27 @@ def test_the_shipped_nano():
     assert base == made["parameters"] and (NANO / "model.safetensors").stat().st_size <= 4_000_000
     assert made["command"].startswith("python run.py coldstart") and made["minutes"] > 0
     assert check({"coldstart": made["coldstart"]}).coldstart.from_scratch  # today's settings can make it again
+
+
+@pytest.mark.skipif(not (NANO / "model.safetensors").is_file(), reason="the nano weights are not made yet")
+def test_the_shipped_nano_reads():
+    """Whether a thing is there, and which number it has there, in made-up rooms: it once knew the first and guessed the second."""
+    kinds = "mug cup bowl plate pan pot fork knife apple bread egg tomato potato cd pen book box vase statue pillow shelf drawer desk cabinet safe bed".split()
+    model, tokenizer = Policy(check({"model": {"name": "nano", "prompt": "brief"}})).model, load_tokenizer(NANO)
+    there, number = [], []
+    for lesson in reminders(kinds, Style(), 25, random.Random(0)):
+        ids, begin = encode(tokenizer, lesson)
+        ends = [end for _, end in tokenizer(lesson.response, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]]
+        with torch.no_grad():
+            shares = model(torch.tensor([ids], device=model.device)).logits[0].softmax(-1)
+
+        def share(place: int) -> float:
+            """The probability of the response's token at this character."""
+            token = begin + next(i for i, end in enumerate(ends) if end > place)
+            return shares[token - 1, ids[token]].item()
+
+        for match in re.finditer(r"need \w+\. (?:look in|\w+ (\d+) is on)", lesson.response):
+            there.append(share(match.start() + match[0].index(". ") + 2))
+            if match[1]:
+                number.append(share(match.start(1)))
+    assert len(number) > 50 and sum(there) / len(there) > 0.85 and sum(number) / len(number) > 0.9

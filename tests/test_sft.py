@@ -169,6 +169,7 @@ def test_an_adapter_on_lm_head_is_refused(nano_config, tmp_path):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_leaves_an_adapter_that_does_better_and_loads_again(nano_config, tmp_path, variant):
+    nano_config.coldstart.epochs = 6  # beyond the 20 steps of warm-up
     rows = [encode(Policy(nano_config).tokenizer, e) for e in examples_of(nano_config, variant) if e.kind != "value"]
     before = loss_of(Policy(nano_config), rows)
     coldstart.main(nano_config, tmp_path)
