@@ -250,7 +250,7 @@ def _expert_lessons(config: Config, tasks: Sequence[Task], prior: Prior, dice: r
     """The cold start's examples: `trajectories` expert episodes, and the variant's examples from other games."""
     cfg, style = config.coldstart, _style(config)
     chosen = [dice.choice(tasks) for _ in range(cfg.trajectories)]
-    examples = list(expert_examples(chosen, prior, style, dice, deviate=cfg.deviate, hints=cfg.hints))
+    examples = list(expert_examples(chosen, prior, style, dice, deviate=cfg.deviate, hints=cfg.hints, careless=cfg.careless))
     judged = (e for e in expert_examples(laps(tasks, dice), prior, style, dice, deviate=0.3, judge=0.3) if e.kind != "expert")
     return examples + list(islice(judged, 0 if cfg.variant == "vanilla" else cfg.judgments))
 

@@ -130,6 +130,7 @@ class Algo(Section):
 class Update(Section):
     lr: Annotated[float, Field(gt=0)] = Field(2e-5, description="AdamW's learning rate")
     warmup: NonNegative = Field(5, description="optimizer steps of linear warm-up, then constant")
+    decay: bool = Field(False, description="after the warm-up linearly down to 0, which is reached after the last step")
     minibatches: Positive = Field(4, description="optimizer steps one pass over the samples is cut into")
     epochs: Positive = Field(1, description="passes over an iteration's samples")
     clip: Annotated[float, Field(gt=0)] = Field(0.2, description="PPO clip of the ratio")
@@ -231,6 +232,7 @@ class Coldstart(Section):
     trajectories: Positive = Field(200, description="expert episodes shown")
     judgments: NonNegative = Field(100, description="examples of the variant beside them: judgments, observations to predict, or labelled turns")
     deviate: Share = Field(0.1, description="chance that a turn plays something else than the expert says; its label stays the expert's")
+    careless: Share = Field(0.0, description="chance that the expert, when it has just taken the thing, puts it down on the spot for done (ALFWorld's)")
     hints: Share = Field(0.0, description="share of the expert episodes whose prompts show golden rules (ALFWorld's)")
     epochs: Positive = Field(5, description="passes over the examples")
     lr: Annotated[float, Field(gt=0)] = Field(1e-4, description="learning rate (LoRA); cosine to 5 % of it")

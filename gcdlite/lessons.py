@@ -98,26 +98,31 @@ def deviation(admissible: Sequence[str], last: str | None, rng: random.Random, t
 
 
 def expert_examples(
-    tasks: Iterable[Task], prior: Prior, style: Style, rng: random.Random, *, deviate: float = 0.0, judge: float = 0.0, hints: float = 0.0
+    tasks: Iterable[Task], prior: Prior, style: Style, rng: random.Random, *, deviate: float = 0.0, judge: float = 0.0, hints: float = 0.0,
+    careless: float = 0.0,
 ) -> Iterable[Example]:
     """Play games and write down what the expert would do at every turn, also where play has left its way.
 
     `deviate` is the chance that a turn plays something else than what the expert says (the label stays the expert's),
     `judge` the chance that a turn also becomes an example of the style's variant, as a rule a judgment, labelled by the
     oracle, `hints` the chance that an episode's prompts show some of our golden rules, so that a block of suggestions is
-    nothing new in training.
+    nothing new in training. `careless` is the chance that the thing, just taken, is put down on the spot for done; then it is
+    what the label says, too.
     """
     for task in tasks:
         game = Game(task.path, plan=judge > 0)
         seen = game.reset()
         description, text = split_intro(seen.text)
-        expert = Expert(description, prior, style.history)
+        expert = Expert(description, prior, style.history, careless > 0)
         wild = rng.random() * 2 * deviate  # some episodes go nearly straight, others are a mess
         rules = rng.sample(list(MISTAKES.values()), rng.randint(1, 5)) if hints and rng.random() < hints else []
         last, failed, tried = None, False, set()
         for taken in range(style.max_turns):
             history = expert.pairs[-style.history :] if style.history else []
             thought, command = expert.act(text, seen.admissible)
+            hasty = expert.hasty(text, seen.admissible) if careless and rng.random() < careless else None
+            if hasty:
+                thought, command = hasty
             tag = reasoning_tag(command, last, failed, tried) if style.tags else "think"
             if tag == "planning" and not taken:
                 thought = f"{outline(expert.goal)} {thought}"

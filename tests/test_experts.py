@@ -111,6 +111,27 @@ def test_deviations_happen_and_the_labels_stay_the_experts(games_root):
     assert 0.3 < sum(followed(0.4)) / len(followed(0.4)) < 0.9
 
 
+def test_the_careless_stop_halfway_in_the_words_of_a_right_end(games_root):
+    """Having just taken the thing they put it down where it lay, as often as `careless` says, and do not take it back at once."""
+    tasks = find_games(games_root, "train", IN_DOMAIN)[:40]
+
+    def answers(careless, seen):
+        """What is said where the observation is `seen`, with what it matched."""
+        examples = expert_examples(tasks, prior_of(games_root), Style(), random.Random(1), careless=careless)
+        found = [(re.search(rf"Now: {seen}", e.prompt), e) for e in examples]
+        return [(match, e.response) for match, e in found if match and re.search(rf"Task: .*\b{match[1].split()[0]}\b", e.prompt)]
+
+    def stopped(took, answer):
+        return re.search(rf"<think>have {took[1]}\. put it on {took[2]}\.</think><action>(put|move) {took[1]} \S+ {took[2]}</action>", answer)
+
+    taken = r"You pick up the (\w+ \d+) from the (\w+ \d+)\."
+    never, half, always = ([bool(stopped(*a)) for a in answers(careless, taken)] for careless in (0.0, 0.5, 1.0))
+    assert not any(never) and all(always) and min(len(never), len(always)) > 30
+    assert 0.3 < sum(half) / len(half) < 0.7
+    then = answers(1.0, r"You (?:put|move) the (\w+ \d+) (?:to|in/on) ")
+    assert len(then) > 30 and not any(f"take {put[1]} from" in answer for put, answer in then)
+
+
 def test_short_lists_keep_the_needed_command(games_root):
     tasks = find_games(games_root, "train", IN_DOMAIN)[:5]
     for e in random_examples(tasks, Style(commands=4), random.Random(0)):

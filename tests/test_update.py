@@ -123,6 +123,26 @@ def test_a_second_epoch_goes_on_from_the_first_ones_weights(small_config):
     assert max((a - b).abs().max() for a, b in zip(*moved)) > 1e-3  # the first step was not taken twice
 
 
+@pytest.mark.parametrize("how", ["joint", "separate"])
+def test_a_decaying_rate_ends_with_the_runs_last_step(small_config, how):
+    config = small_config
+    config.steps, config.update.minibatches, config.update.epochs, config.update.warmup, config.update.decay = 2, 3, 1, 2, True
+    config.gcd.enabled, config.gcd.update = True, how
+    total = 2 * 3 * (2 if how == "separate" else 1)
+    optimizer, schedule = make_optimizer(Policy(config), config)
+    rates = []
+    for _ in range(total):
+        rates.append(optimizer.param_groups[0]["lr"] / config.update.lr)
+        optimizer.step()
+        schedule.step()
+    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
+    falls = [a - b for a, b in zip(rates[2:], rates[3:])]
+    assert falls == pytest.approx([1 / (total - 2)] * len(falls)) and rates[-1] == pytest.approx(falls[-1])
+    assert optimizer.param_groups[0]["lr"] == 0  # and not below, were there more steps
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] == 0
+
+
 def test_separate_takes_a_step_for_each_stream(small_config):
     small_config.update.minibatches, small_config.gcd.update = 1, "separate"
     policy = Policy(small_config)

@@ -161,13 +161,16 @@ def believe(pairs: Sequence[tuple[str, str]], observation: str) -> Belief:
     return belief
 
 
-def advise(goal: Goal, belief: Belief, admissible: Sequence[str], prior: Prior) -> tuple[str, str]:
+def advise(
+    goal: Goal, belief: Belief, admissible: Sequence[str], prior: Prior, careless: bool = False
+) -> tuple[str, str]:
     """(thought, command) of the expert: finish what is at hand, else go on searching.
 
     Each thought names what is sought or held before it says what follows: whether a thing just named is in sight can be
     looked up in one step, and a small model that had to decide first answered by habit, without looking (LOG.md).
 
     `admissible` shows which places exist (`go to …`), what the hands hold and how the engine spells its verbs.
+    Who is `careless` holds every thing that was put down for done with, wherever that was.
     """
     can = set(admissible)
     gone_to = [c[6:] for c in admissible if c.startswith("go to ")]
@@ -241,7 +244,7 @@ def advise(goal: Goal, belief: Belief, admissible: Sequence[str], prior: Prior) 
         return reach(place, f"have {state + ' ' if state else ''}{held}.", put)
 
     target = first(goal.recep) if goal.kind == "two" else None
-    kept = {o for o, _ in belief.placed} if goal.kind in ("place", "two") else set()
+    kept = {o for o, _ in belief.placed} if careless or goal.kind in ("place", "two") else set()
 
     def wanted(item: str, place: str) -> bool:
         if type_of(item) != goal.obj or item in kept:
@@ -270,16 +273,24 @@ def _held(admissible: Sequence[str], prior: Prior) -> str | None:
 class Expert:
     """Plays one episode with the memory of the last `window` pairs; None remembers everything."""
 
-    def __init__(self, task: str, prior: Prior, window: int | None = None):
+    def __init__(self, task: str, prior: Prior, window: int | None = None, careless: bool = False):
         self.goal = parse_goal(task)
         self.prior = prior
         self.window = window
+        self.careless = careless
         self.pairs: list[tuple[str, str]] = []
 
     def act(self, observation: str, admissible: Sequence[str]) -> tuple[str, str]:
         """(thought, command) for this observation; remembers nothing until `remember` says what was really done."""
         pairs = self.pairs if self.window is None else self.pairs[max(0, len(self.pairs) - self.window):]
-        return advise(self.goal, believe(pairs, observation), admissible, self.prior)
+        return advise(self.goal, believe(pairs, observation), admissible, self.prior, self.careless)
+
+    def hasty(self, observation: str, admissible: Sequence[str]) -> tuple[str, str] | None:
+        """What a careless player does who has just taken the thing that is needed: put it down on the spot, as if that were
+        the end of the task. None in any other situation. The words are those with which a task is rightly finished."""
+        took = re.match(rf"You pick up the ({self.goal.obj} \d+) from the ([a-z]+ \d+)\.", observation)
+        put = took and next((c for c in admissible if re.match(rf"(?:put|move) {took[1]} (?:to|in/on|in|on) {took[2]}$", c)), None)
+        return (f"have {took[1]}. put it on {took[2]}.", put) if put else None
 
     def remember(self, observation: str, command: str) -> None:
         self.pairs.append((observation, command))
