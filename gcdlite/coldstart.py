@@ -40,7 +40,7 @@ from gcdlite.records import Task, UserError
 
 MADE = "made.json"  # how weights were made, in their folder
 SHORT_LIST = 6  # commands listed in nano's first lessons
-WARMUP = 20  # optimizer steps, of an adapter's cold start
+WARMUP = 20  # optimizer steps, of an adapter's cold start; in short ones a quarter of it, or they would end before the full rate
 
 
 def main(config: Config, folder: Path) -> None:
@@ -67,11 +67,12 @@ def adapter(config: Config, folder: Path) -> None:
     )
     shuffle = random.Random(config.seed)
     batches = [batch for _ in range(cfg.epochs) for batch in _batches(rows, cfg.batch_tokens, shuffle)]
+    warmup = max(1, min(WARMUP, len(batches) // 4))
     if cfg.variant == "value":
         labels = [e.label for e in examples]
-        sft.tune_with_head(policy, rows, labels, batches, lr=cfg.lr, warmup=WARMUP, weight=config.gcd.weight, report=_report)
+        sft.tune_with_head(policy, rows, labels, batches, lr=cfg.lr, warmup=warmup, weight=config.gcd.weight, report=_report)
     else:
-        sft.tune(policy, rows, batches, lr=cfg.lr, warmup=WARMUP, folder=folder, seed=config.seed, report=_report)
+        sft.tune(policy, rows, batches, lr=cfg.lr, warmup=warmup, folder=folder, seed=config.seed, report=_report)
     folder.mkdir(parents=True, exist_ok=True)
     policy.save_adapter(folder / "adapter")
     (folder / "adapter" / MADE).write_text(json.dumps(_made(config, started), indent=1) + "\n")

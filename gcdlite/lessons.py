@@ -120,9 +120,8 @@ def expert_examples(
         for taken in range(style.max_turns):
             history = expert.pairs[-style.history :] if style.history else []
             thought, command = expert.act(text, seen.admissible)
-            hasty = expert.hasty(text, seen.admissible) if careless and rng.random() < careless else None
-            if hasty:
-                thought, command = hasty
+            if careless and rng.random() < careless:
+                thought, command = expert.hasty(text, seen.admissible) or (thought, command)
             tag = reasoning_tag(command, last, failed, tried) if style.tags else "think"
             if tag == "planning" and not taken:
                 thought = f"{outline(expert.goal)} {thought}"

@@ -118,3 +118,13 @@ def test_an_adapter_learns_to_speak_in_the_right_form(small_config, small_model,
         before = loss(base)
         after = loss(PeftModel.from_pretrained(base, tmp_path / "adapter"))
     assert after < before - 0.1  # a rank of 4 in a random model cannot go far
+
+
+def test_a_short_cold_start_does_not_end_in_its_warm_up(small_config, tmp_path, monkeypatch):
+    cfg, seen = small_config.coldstart, []
+    monkeypatch.setattr(coldstart.sft, "tune", lambda policy, rows, batches, **how: seen.append((len(batches), how["warmup"])))
+    for cfg.epochs in (1, 100):
+        cfg.trajectories, cfg.judgments, cfg.batch_tokens = 1, 1, 600
+        coldstart.main(small_config, tmp_path / str(cfg.epochs))
+    (few, short), (many, full) = seen
+    assert 4 <= few < 80 < many and 1 <= short <= few / 4 and full == 20
