@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 import torch
@@ -95,6 +96,18 @@ def test_renamed_lessons_stay_lessons(games_root):
         went = [{type_of(c[6:]) for c in e.prompt.split("\n") if c.startswith("go to ")} for e in (lesson, renamed)]
         kinds["same" if renamed == lesson else "things" if went[0] == went[1] else "places"] += 1
     assert min(kinds.values()) > 0.1 * sum(kinds.values()), kinds  # where nothing can be taken, a lesson has no thing to rename
+
+
+def test_the_settings_say_how_careless_the_lessons_are(small_config):
+    small_config.coldstart.trajectories, small_config.coldstart.judgments = 8, 0
+
+    def put_back(careless):
+        small_config.coldstart.careless = careless
+        lessons = coldstart._alfworld_lessons(small_config, random.Random(0))
+        taken = [(re.search(r"Now: You pick up the (\w+ \d+) from the (\w+ \d+)\.", e.prompt), e.response) for e in lessons]
+        return sum(f"have {took[1]}. put it on {took[2]}." in answer for took, answer in taken if took)
+
+    assert put_back(0.0) == 0 < put_back(1.0)
 
 
 def test_an_adapter_learns_to_speak_in_the_right_form(small_config, small_model, tmp_path):
