@@ -161,9 +161,7 @@ def believe(pairs: Sequence[tuple[str, str]], observation: str) -> Belief:
     return belief
 
 
-def advise(
-    goal: Goal, belief: Belief, admissible: Sequence[str], prior: Prior, careless: bool = False
-) -> tuple[str, str]:
+def advise(goal: Goal, belief: Belief, admissible: Sequence[str], prior: Prior, careless: bool = False) -> tuple[str, str]:
     """(thought, command) of the expert: finish what is at hand, else go on searching.
 
     Each thought names what is sought or held before it says what follows: whether a thing just named is in sight can be
@@ -238,7 +236,7 @@ def advise(
         place = first(goal.recep)
         if place is None:
             return f"have {held}. no {goal.recep} here, look around.", "look"
-        put = next((c for c in admissible if re.match(rf"(?:put|move) {held} (?:to|in/on|in|on) {place}$", c)), "")
+        put = _put(admissible, held, place)
         if put:
             return f"have {state + ' ' if state else ''}{held}. put it on {place}.", put
         return reach(place, f"have {state + ' ' if state else ''}{held}.", put)
@@ -260,6 +258,11 @@ def advise(
         if item and f"go to {place}" in can:
             return f"need {goal.obj}. {item} is on {place}. go to {place}.", f"go to {place}"
     return search(goal.obj)
+
+
+def _put(admissible: Sequence[str], thing: str, place: str) -> str:
+    """The command that puts the thing there, as this game spells it; empty where there is none."""
+    return next((c for c in admissible if re.match(rf"(?:put|move) {thing} (?:to|in/on|in|on) {place}$", c)), "")
 
 
 def _held(admissible: Sequence[str], prior: Prior) -> str | None:
@@ -289,7 +292,7 @@ class Expert:
         """What a careless player does who has just taken the thing that is needed: put it down on the spot, as if that were
         the end of the task. None in any other situation. The words are those with which a task is rightly finished."""
         took = re.match(rf"You pick up the ({self.goal.obj} \d+) from the ([a-z]+ \d+)\.", observation)
-        put = took and next((c for c in admissible if re.match(rf"(?:put|move) {took[1]} (?:to|in/on|in|on) {took[2]}$", c)), None)
+        put = took and _put(admissible, took[1], took[2])
         return (f"have {took[1]}. put it on {took[2]}.", put) if put else None
 
     def remember(self, observation: str, command: str) -> None:
