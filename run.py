@@ -634,6 +634,11 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"gcdlite: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; the short commands do not load it
+            raise
+        print(f"gcdlite: {' '.join(str(error).split())[:150]}; set model.quantization=nf4, or take a smaller model", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("gcdlite: stopped", file=sys.stderr)
         return INTERRUPTED

@@ -24,6 +24,7 @@ from typing import NoReturn
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads must not spin on shared cores
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here comes from a hub
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of an optional kernel while it is imported
 
 HERE = Path(__file__).resolve().parent
 sys.path.sort(key=str(HERE).__eq__)  # this folder comes last: a script in it is called like ScienceWorld's package
@@ -45,14 +46,14 @@ def nano(**settings) -> Config:
     return load(find_config("nano"), flags=flags)
 
 
-def plain_nano():
-    """The shipped model without an adapter, in float32."""
+def plain_nano(attention: str = "sdpa"):
+    """The shipped model without an adapter, in float32, with the library's own attention or ours (`backbone.attention`)."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from gcdlite.policy import resolve
 
-    return AutoModelForCausalLM.from_pretrained(resolve("nano"), dtype=torch.float32, attn_implementation="sdpa")
+    return AutoModelForCausalLM.from_pretrained(resolve("nano"), dtype=torch.float32, attn_implementation=attention)
 
 
 def play(config: Config):

@@ -50,7 +50,7 @@ def measure(config: str, groups: int, group_size: int, turns: int, tokens: int, 
     """Pairs of one rollout each, after one pair to warm up."""
     flags = {
         "env.name": "scienceworld", "env.jvms": groups * group_size, "env.max_turns": turns, "rollout.groups": groups,
-        "rollout.group_size": group_size, "rollout.max_new_tokens": tokens,
+        "rollout.group_size": group_size, "rollout.max_new_tokens": tokens, "rollout.overlap": True,
     }  # fmt: skip
     settings = load(find_config(config), flags=flags)
     times: dict[bool, list[Seconds]] = {True: [], False: []}

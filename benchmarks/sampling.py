@@ -15,6 +15,7 @@ from common import Seconds, clock
 
 import torch
 
+from gcdlite.backbone import SHARED_HEADS
 from gcdlite.prompts import judge_prompt
 from gcdlite.sampling import sample
 
@@ -45,16 +46,16 @@ def ours(model, prompts: list[list[int]], limit: int, stop: list[int], rows: int
     return sum(len(c.ids) for c in completions)
 
 
-def compare(model, prompts: list[list[int]], limit: int, stop: list[int], rows: int, repeats: int) -> dict:
+def compare(models: dict, prompts: list[list[int]], limit: int, stop: list[int], rows: int, repeats: int) -> dict:
     """Medians of CPU milliseconds per hundred new tokens, both sides in turns, and of the pairs' ratios."""
     took: dict[str, list[Seconds]] = {"generate": [], "ours": []}  # a token
     for repeat in range(-1, repeats):  # the first pair warms up
         for name in took:
             with clock() as seconds:
                 if name == "generate":
-                    written = generate(model, prompts, limit, stop, rows)
+                    written = generate(models[name], prompts, limit, stop, rows)
                 else:
-                    written = ours(model, prompts, limit, stop, rows, repeat + 1)
+                    written = ours(models[name], prompts, limit, stop, rows, repeat + 1)
             if repeat >= 0:
                 took[name].append(Seconds(seconds.cpu / written, seconds.wall / written))
     per_hundred = {f"{n}_cpu_ms_per_100_tokens": round(1e5 * statistics.median(s.cpu for s in v), 1) for n, v in took.items()}
@@ -77,14 +78,15 @@ def measure(games: int, rows: int, repeats: int) -> dict:
     last = [episode.turns[-1] for group in groups for episode in group.episodes]
     style = config.model.prompt
     judged = [policy.encode(judge_prompt(style, t.bare_prompt, t.response, 0.5)) for t in last[:: config.rollout.group_size]]
-    model, stop = common.plain_nano().eval(), sorted(policy.stop_ids)
+    models = {"generate": common.plain_nano().eval(), "ours": common.plain_nano(SHARED_HEADS).eval()}
+    stop = sorted(policy.stop_ids)
     workloads = {
         "mixed": ([turn.prompt_ids for turn in last], config.rollout.max_new_tokens),
         "groups": ([ids for ids in judged for _ in range(8)], config.gcd.max_new_tokens),
     }
     results = {}
     for name, (some, limit) in workloads.items():
-        results[name] = compare(model, some, limit, stop, rows, repeats)
+        results[name] = compare(models, some, limit, stop, rows, repeats)
         print(name, results[name], flush=True)
     return {
         "ratio": results["mixed"]["ratio"], "ratio_groups": results["groups"]["ratio"], **results,

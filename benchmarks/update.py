@@ -23,7 +23,7 @@ from common import Seconds, clock
 
 import torch
 
-from gcdlite.backbone import plain
+from gcdlite.backbone import SHARED_HEADS, plain
 from gcdlite.gcd import judge as judging
 from gcdlite.packing import Pack, logprobs, pack
 from gcdlite.plan import Shape
@@ -136,7 +136,7 @@ def measure(turns: int, budget: int, rows: int, repeats: int) -> dict:
         temperature=1.0, rng=torch.Generator().manual_seed(0),
     )  # fmt: skip
     judgments = judging.judgment_samples(judged, 8)
-    model = common.plain_nano()
+    model = common.plain_nano(SHARED_HEADS)
 
     def sides(samples: list[Sample]) -> dict[str, Callable[[], None]]:
         return {"packed": lambda: packed(model, samples, budget), "padded": lambda: padded(model, samples, rows)}

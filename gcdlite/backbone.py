@@ -1,5 +1,5 @@
 """What `sampling` and `packing` need to know about a Hugging Face model: how its attention takes masks, and how to run
-small adapters without their overhead.
+small models and adapters without their overhead.
 
 Both lay several sequences side by side, so they build their own masks and give each layer the one of its kind (full or
 sliding-window). A model whose attention cannot be steered in this way is refused.
@@ -7,16 +7,26 @@ sliding-window). A model whose attention cannot be steered in this way is refuse
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from queue import SimpleQueue
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from peft.tuners import lora
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from gcdlite.records import UserError
+
+SHARED_HEADS = "gcdlite"  # the name under which `attention` is known to the library
+WORKERS = 4  # parts of the work that go on at the same time, at most: Python's own part does not
+P, R = TypeVar("P"), TypeVar("R")
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -30,7 +40,7 @@ def windows(model: nn.Module) -> dict[str, int | None]:
     Raises UserError for kinds or implementations of attention that do not follow a mask of ours.
     """
     config = model.config.get_text_config()
-    if config._attn_implementation not in ("sdpa", "eager"):
+    if config._attn_implementation not in ("sdpa", "eager", SHARED_HEADS):
         raise UserError(
             f"attention implementation {config._attn_implementation!r} takes no masks of ours: "
             "load the model with attn_implementation='sdpa'"
@@ -95,22 +105,62 @@ def folded(model: nn.Module) -> Iterator[None]:
             del layer.forward  # the class's own shows again
 
 
-@contextmanager
-def shared_heads(model: nn.Module) -> Iterator[None]:
-    """Inside, attention on a CPU reads a key/value head where it is, for all query heads that use it.
-
-    Elsewhere the library copies it for each of them, since CUDA's kernels cannot do both that and a mask. Like `folded`,
-    without effect under activation checkpointing.
+def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options):
+    """The library's SDPA for CPUs, where several queries read a key/value head in its place, for all query heads that use
+    it. The library copies it for each of them, since CUDA's kernels cannot do both that and a mask.
     """
-    switch = "TRANSFORMERS_SDPA_FORCE_GQA"
-    if switch in os.environ or model.device.type != "cpu" or (model.training and model.is_activation_checkpointing):
-        yield
+    # For a single query the library has a better way of its own, and without a mask it copies nothing.
+    if attention_mask is None or query.shape[2] == 1 or query.shape[1] == key.shape[1] or options.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    output = F.scaled_dot_product_attention(
+        query, key, value, attention_mask, options.get("dropout", 0.0), scale=options.get("scaling"), enable_gqa=True
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(SHARED_HEADS, attention)
+AttentionMaskInterface.register(SHARED_HEADS, sdpa_mask)
+
+
+def workers(model: nn.Module) -> int:
+    """How many parts of a model's work may go on at the same time: on a CPU as many as torch has threads, up to WORKERS.
+
+    One, where its layers draw random numbers or set the random state, which all threads share, or are in 4 bits.
+    """
+    drops = getattr(model.config.get_text_config(), "attention_dropout", 0) or any(isinstance(m, nn.Dropout) and m.p for m in model.modules())
+    draws = model.training and (model.is_activation_checkpointing or drops)
+    if model.device.type != "cpu" or getattr(model, "is_quantized", False) or draws:
+        return 1
+    return min(WORKERS, torch.get_num_threads())
+
+
+def side_by_side(model: nn.Module, work: Callable[[nn.Module, P], R], parts: Sequence[P]) -> Iterator[R]:
+    """`work(model, part)` of each part, in their order, `workers(model)` of them at the same time.
+
+    A small model's operations are too short to be divided among cores; its batches are not. Each thread works on a twin of
+    the model, which has its weights, and modules of its own to change.
+    """
+    crew = min(workers(model), len(parts))
+    if crew < 2:
+        yield from (work(model, part) for part in parts)
         return
-    os.environ[switch] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[switch]
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}  # a copy's memory: these have been copied
+    twins: SimpleQueue[nn.Module] = SimpleQueue()
+    for _ in range(crew):
+        twins.put(copy.deepcopy(model, dict(tensors)))
+    threads, grad, inference = torch.get_num_threads() // crew, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+    def run(part: P) -> R:
+        torch.set_num_threads(threads)  # this one's, as its gradient modes are
+        twin = twins.get()
+        try:
+            with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+                return work(twin, part)
+        finally:
+            twins.put(twin)
+
+    with ThreadPoolExecutor(crew) as pool:
+        yield from pool.map(run, parts)
 
 
 def _foldable(layer: lora.Linear) -> bool:

@@ -145,7 +145,9 @@ def _science_material(config: Config, dice: random.Random) -> Material:
     """Random play in training variations of all thirty task types, then gold paths of those that are trained on."""
     cfg, phases = config.coldstart, []
     if not cfg.start:
-        phases = [science_random_examples(config, dice, cfg.base_turns, lambda text: len(re.findall(r"\w+|[^\w\s]", text)))]
+        names: set[str] = set()  # of things in sight
+        play = science_random_examples(config, dice, cfg.base_turns, lambda text: len(re.findall(r"\w+|[^\w\s]", text)), names)
+        phases = [copying(sorted(names), cfg.lists, dice), play]
     return Material(phases, [e for part in phases for e in part[:8000]], lambda count: science_lessons(config, dice, count))
 
 
@@ -220,8 +222,11 @@ def science_lessons(config: Config, dice: random.Random, count: Callable[[str], 
     return examples + judged[0] + judged[1]
 
 
-def science_random_examples(config: Config, dice: random.Random, turns: int, count: Callable[[str], int]) -> list[Example]:
-    """Random play in ScienceWorld: its language, and the habit of copying names and forms of commands.
+def science_random_examples(
+    config: Config, dice: random.Random, turns: int, count: Callable[[str], int], names: set[str]
+) -> list[Example]:
+    """Random play in ScienceWorld: its language, and the habit of copying names and forms of commands. Adds the names of
+    the things in sight to `names`.
 
     Three of four turns carry a command in place of the task, which is to be obeyed; in the others the task's own words
     stand there, and any command follows.
@@ -230,6 +235,7 @@ def science_random_examples(config: Config, dice: random.Random, turns: int, cou
     with Lessons(config.env) as lessons:
         for turn, before in lessons.wander(turns, dice):
             action = turn.action
+            names.update(turn.before.objects or [])
             told, why = (f"{action}.", f"told to {action}.") if dice.random() < 0.75 else (turn.description, f"try {action}.")
             examples.append(Example(_science_prompt(config, turn, before, count, told), prompts.answer(why, action), "random"))
             if len(examples) % 2000 == 0:

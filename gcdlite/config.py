@@ -70,6 +70,7 @@ class Rollout(Section):
     max_new_tokens: Positive = Field(256, description="longest response, in tokens")
     max_prompt_tokens: Positive = Field(4096, description="longest prompt, in tokens; a longer one loses its oldest history first")
     rows: NonNegative = Field(64, description="sequences generated together; 0: as many as fit this GPU by `plan` (on a CPU 64)")
+    overlap: bool | None = Field(None, description="on a slow engine, play one half of the episodes while the other half generates; empty: where a GPU generates")
 
 
 class Reward(Section):

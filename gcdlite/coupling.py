@@ -93,4 +93,4 @@ def scores(policy: Policy, group: Group, config: Config, keep: str = "auto") -> 
 def _states(policy: Policy, turns: Sequence[Turn], config: Config) -> Tensor:
     """The inputs of lm_head that predict the response tokens of the turns, in their order: (n, d)."""
     samples = [Sample(t.prompt_ids, t.response_ids, [], []) for t in turns]
-    return torch.cat(by_sample(policy, samples, config, lambda pack: hidden_states(policy.model, pack)))
+    return torch.cat(by_sample(policy, samples, config, hidden_states))

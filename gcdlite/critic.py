@@ -60,9 +60,9 @@ class Critic:
         finally:
             self.policy.model.set_adapter("default")
 
-    def score(self, pack: Pack) -> Tensor:
+    def score(self, model: nn.Module, pack: Pack) -> Tensor:
         """V before each response token of a pack, (N,), differentiable; to be called inside `active`."""
-        return self.head(hidden_states(self.policy.model, pack).float())[:, 0]
+        return self.head(hidden_states(model, pack).float())[:, 0]
 
     @torch.no_grad()
     def values(self, groups: Sequence[Group]) -> list[TokenRows]:
@@ -70,7 +70,7 @@ class Critic:
         turns = [t for g in groups for e in g.episodes for t in e.turns]
         samples = [Sample(t.prompt_ids, t.response_ids, [], []) for t in turns]
         with self.active():
-            rest = iter(by_sample(self.policy, samples, self.config, lambda pack: self.score(pack).tolist()))
+            rest = iter(by_sample(self.policy, samples, self.config, lambda model, pack: self.score(model, pack).tolist()))
         return [[[next(rest) for _ in e.turns] for e in g.episodes] for g in groups]
 
     def update(self, samples: Sequence[Sample], rng: random.Random) -> dict[str, float]:
@@ -105,7 +105,7 @@ class Critic:
                 old, returns = (
                     torch.tensor([v for i in p.samples for v in getattr(samples[i], name)], device=device) for name in ("old_values", "returns")
                 )
-                loss = clipped_value_loss(self.score(p), old, returns, cfg.value_clip).sum() / tokens
+                loss = clipped_value_loss(self.score(self.policy.model, p), old, returns, cfg.value_clip).sum() / tokens
                 (cfg.value_coef * loss).backward()
                 total += loss.item()
             return total

@@ -337,7 +337,7 @@ def hidden_states(model: nn.Module, pack: Pack) -> Tensor:
     Raises UserError as `logprobs` does.
     """
     model = backbone.plain(model)
-    with backbone.folded(model), backbone.shared_heads(model):
+    with backbone.folded(model):
         return _hidden(model, pack, backbone.windows(model))
 
 

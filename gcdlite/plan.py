@@ -191,7 +191,7 @@ def key_value(shape: Shape, config: Config, cuda: bool = True) -> int:
 def saved_by_layer(shape: Shape, config: Config, tokens: int, keys: int, cuda: bool = True) -> int:
     """Bytes that autograd saves of one layer that is not checkpointed, for `tokens` queries and `keys` keys in all rows."""
     d, h = width(config, cuda), shape.hidden
-    copied = (cuda or config.model.checkpointing) and shape.kv_heads < shape.heads  # see backbone.shared_heads
+    copied = cuda and shape.kv_heads < shape.heads  # see backbone.attention
     key_size = (shape.heads if copied else shape.kv_heads) * shape.head_dim
     norms = 2 * FP32 * (h + 1)
     attention = shape.heads * (2 * d * shape.head_dim + FP32)

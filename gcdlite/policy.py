@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
 
+from gcdlite.backbone import SHARED_HEADS, plain, side_by_side, workers
 from gcdlite.config import Config, Rollout, Update
 from gcdlite.packing import Pack, longest, pack
 from gcdlite.records import Sample, UserError
@@ -274,7 +275,7 @@ def _load_base(folder: str, config: Config, device: torch.device):
     kind = config.model.dtype
     # bf16 on a CPU without bf16 instructions is about ten times slower than fp32
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(kind, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    options: dict = {"dtype": dtype, "attn_implementation": "sdpa"}
+    options: dict = {"dtype": dtype, "attn_implementation": "sdpa" if device.type == "cuda" else SHARED_HEADS}
     if config.model.quantization == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
@@ -385,22 +386,24 @@ def _brief(error: Exception) -> str:
 
 
 def make_packs(policy: Policy, samples: Sequence[Sample], config: Config) -> list[Pack]:
-    """The samples' packs for this model (a stem is impossible where layers are checkpointed)."""
+    """The samples' packs for this model (a stem is impossible where layers are checkpointed); those that are computed at
+    the same time share the token budget."""
     width = policy.model.config.get_text_config().hidden_size
-    return pack(samples, policy.token_budget, width=width, stem=not config.model.checkpointing)
+    budget = max(1, policy.token_budget // workers(plain(policy.model)))
+    return pack(samples, budget, width=width, stem=not config.model.checkpointing)
 
 
-def by_sample(policy: Policy, samples: Sequence[Sample], config: Config, score: Callable[[Pack], Any]) -> list[Any]:
-    """What `score` says of the samples' response tokens (of a pack's N tokens, in its order), cut into the samples' own
-    parts, in the samples' order. As many tokens at a time as memory allows.
+def by_sample(policy: Policy, samples: Sequence[Sample], config: Config, score: Callable[[nn.Module, Pack], Any]) -> list[Any]:
+    """What `score` says of the samples' response tokens (by a model, of a pack's N tokens, in its order), cut into the
+    samples' own parts, in the samples' order. As many tokens at a time as memory allows.
 
     Raises UserError when memory does not suffice for the longest sample.
     """
     parts: list[Any] = [None] * len(samples)
 
     def work() -> None:
-        for p in make_packs(policy, samples, config):
-            values = score(p)
+        packs = make_packs(policy, samples, config)
+        for p, values in zip(packs, side_by_side(plain(policy.model), score, packs)):
             for k, i in enumerate(p.samples):
                 parts[i] = values[p.offsets[k] : p.offsets[k + 1]]
 

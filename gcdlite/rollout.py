@@ -1,6 +1,7 @@
 """Tasks in, groups of played episodes out: a turn of every unfinished episode is generated in one call.
 
-Where the engine is slow, the call is for one half of the episodes, and the engine plays the other half's turn meanwhile.
+Where the engine is slow and a GPU generates, the call is for one half of the episodes, and the engine plays the other
+half's turn meanwhile.
 """
 
 from __future__ import annotations
@@ -53,9 +54,9 @@ def play(
     An environment that fails ends its own episode, which keeps the cause in `error` and earns nothing. Where the pool
     has no room for all of them (`capacity`), they are played in turns.
 
-    A slow pool steps one half in the background while the other half generates. The halves take their turns in a fixed
-    order, a step is waited for before the next one begins, and all else happens here, random numbers included: what is
-    played does not depend on who is quicker. However this ends, no step is left running.
+    A slow pool steps one half in the background while a GPU generates for the other (`rollout.overlap`). The halves take
+    their turns in a fixed order, a step is waited for before the next one begins, and all else happens here, random
+    numbers included: what is played does not depend on who is quicker. However this ends, no step is left running.
     """
     if pool.capacity and len(tasks) > pool.capacity:
         parts = (tasks[start : start + pool.capacity] for start in range(0, len(tasks), pool.capacity))
@@ -63,7 +64,7 @@ def play(
     opening = pool.reset(tasks)
     episodes = [Episode(task, o.description, error=o.error) for task, o in zip(tasks, opening)]
     observations = [None if o.done else o for o in opening]  # None: the episode has ended
-    half, other = _halves(tasks, pool.slow)
+    half, other = _halves(tasks, pool.slow and _overlaps(policy, config))
     answer: Callable[[], list] = list  # waits for the environment's answer to the turns in `waiting`
     waiting: dict[int, Turn] = {}  # turns of the other half, by episode, that the environment has not answered yet
     with ThreadPoolExecutor(max_workers=1) as background:  # to leave it is to wait for its step
@@ -91,6 +92,13 @@ def play(
         share = max(0.0, episode.score) / 100 if config.reward.kind == "score" else float(episode.won)
         episode.reward = 0.0 if episode.error else config.reward.success * share
     return episodes
+
+
+def _overlaps(policy: Policy, config: Config) -> bool:
+    """On a CPU the engine and the model want the same cores, and two small batches cost more than a large one (LOG.md)."""
+    if config.rollout.overlap is None:
+        return policy.device.type != "cpu"
+    return config.rollout.overlap
 
 
 def _halves(tasks: Sequence[Task], slow: bool) -> tuple[range, range]:

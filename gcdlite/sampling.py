@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -21,6 +21,7 @@ from gcdlite.records import UserError
 
 Ids = tuple[int, ...]
 PREFILL_TOKENS = 2048  # computed together before decoding: more do not make a CPU or a GPU faster, and cost memory
+FEW = 8  # rows a thread: with fewer, two take longer than one (LOG.md)
 KeysValues = list[tuple[Tensor, Tensor]]  # for each layer, keys and values (rows, kv heads, columns, head dim)
 
 
@@ -162,15 +163,41 @@ def sample(
     order = sorted(range(len(keys)), key=lambda i: (len(keys[i]), keys[i]))  # equal prompts end up side by side
     completions: list[Completion] = [Completion([], []) for _ in prompts]
     model = backbone.plain(model)
-    with _evaluating(model), backbone.folded(model):
-        sampler = _Sampler(model, max_new_tokens, temperature, stop_ids)
-        head_layers = sampler.head(head, heads) if head else []
-        for start in range(0, len(order), max_rows):
-            rows = order[start : start + max_rows]
-            batch = sampler.batch([keys[i][len(head) :] for i in rows], len(head), head_layers, uniforms[rows])
+
+    def answer(model: nn.Module, rows: list[int]) -> list[Completion]:
+        with backbone.folded(model):
+            sampler = _Sampler(model, max_new_tokens, temperature, stop_ids)
+            return sampler.batch([keys[i][len(head) :] for i in rows], len(head), head_layers, uniforms[rows])
+
+    with _evaluating(model):
+        with backbone.folded(model):
+            head_layers = _Sampler(model, max_new_tokens, temperature, stop_ids).head(head, heads) if head else []
+        batches = _batches([keys[i] for i in order], max_rows, backbone.workers(model))
+        batches = [order[start:stop] for start, stop in batches]
+        for rows, batch in zip(batches, backbone.side_by_side(model, answer, batches)):
             for i, completion in zip(rows, batch):
                 completions[i] = completion
     return completions
+
+
+def _batches(keys: Sequence[Ids], max_rows: int, crew: int) -> list[tuple[int, int]]:
+    """Where to cut sorted prompts into batches of like sizes, `crew` of which are decoded at the same time and have
+    `max_rows` rows together at most. Copies of a prompt, which share its computation, stay together where they fit.
+
+    >>> _batches("aabbbcccdd", 10, 1), _batches("aabbbcccdd", 10, 2), _batches("aaaaaa", 4, 1)
+    ([(0, 10)], [(0, 5), (5, 10)], [(0, 3), (3, 6)])
+    """
+    most, start, cuts = max(1, max_rows // crew), 0, []
+    count = max(-(-len(keys) // most), min(crew, len(keys) // FEW))
+    while start < len(keys):
+        stop = start + min(most, -(-(len(keys) - start) // max(1, count - len(cuts))))
+        back = stop
+        while back > start and back < len(keys) and keys[back] == keys[back - 1]:
+            back -= 1
+        stop = back if back > start else stop
+        cuts.append((start, stop))
+        start = stop
+    return cuts
 
 
 @dataclass
@@ -373,17 +400,14 @@ class _Sampler:
         self, tokens: Tensor, positions: Tensor, mask: Tensor | dict[str, Tensor], cache: Cache, keep: int
     ) -> Tensor:
         """Logits (R, keep, V) after the last `keep` of tokens (R, Q)."""
-        # For a single query the library has a better way of its own to use a head for several query heads.
-        with backbone.shared_heads(self.model) if tokens.shape[1] > 1 else nullcontext():
-            output = self.model(
-                input_ids=tokens,
-                position_ids=positions,
-                attention_mask=mask,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=keep,
-            )
-        return output.logits
+        return self.model(
+            input_ids=tokens,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=keep,
+        ).logits
 
     def _tensor(self, values: list) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)

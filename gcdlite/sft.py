@@ -6,21 +6,28 @@ take the steps that they are given, in order: AdamW, gradients clipped at 1, war
 
 from __future__ import annotations
 
+import gc
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from gcdlite.gcd import value
-from gcdlite.packing import logprobs
+from gcdlite.packing import logprobs, longest
 from gcdlite.policy import Policy, make_packs
 from gcdlite.records import Sample, UserError
 
 Row = tuple[list[int], int]  # token ids, and where the response begins
 Batches = Sequence[Sequence[int]]  # indices of the rows of each optimizer step
 Report = Callable[[int, int, float, float], None]  # step, steps in all, loss, tokens a second
+NO_MEMORY = (
+    "out of GPU memory with one example at a time: take a smaller model, set model.quantization=nf4 model.checkpointing=true, "
+    "or lower rollout.max_prompt_tokens"
+)
 
 
 def rate(step: int, total: int, warmup: int, floor: float = 0.05) -> float:
@@ -40,7 +47,8 @@ def tune(policy: Policy, rows: Sequence[Row], batches: Batches, *, lr: float, wa
     optimizer and schedule, and batches of like lengths under a token budget in place of a fixed number of rows. It
     leaves nothing in `folder`, where the caller saves the adapter.
 
-    Raises UserError where `lora.targets` has lm_head, whose adapter TRL would leave out of its loss.
+    After a CUDA out-of-memory error the step's rows are computed in parts. Raises UserError where memory does not suffice
+    for one row, and where `lora.targets` has lm_head, whose adapter TRL would leave out of its loss.
     """
     from datasets import Dataset
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -52,8 +60,25 @@ def tune(policy: Policy, rows: Sequence[Row], batches: Batches, *, lr: float, wa
         raise UserError("the cold start cannot train an adapter on lm_head: take it out of lora.targets")
 
     class Trainer(SFTTrainer):
+        parts = 1  # that a step's rows are computed in: twice as many after each CUDA out-of-memory error
+
         def get_train_dataloader(self) -> DataLoader:
             return DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
+
+        def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+            while True:
+                cut = zip(*(v.chunk(self.parts) for v in inputs.values()))
+                try:  # each part's loss is divided by the tokens of the whole step, so that they add up
+                    return sum(super(Trainer, self).training_step(model, dict(zip(inputs, part)), num_items_in_batch) for part in cut)
+                except torch.OutOfMemoryError:
+                    pass  # go on outside: in here, the error's traceback still holds the tensors of the failed try
+                model.zero_grad(set_to_none=True)
+                gc.collect()
+                torch.cuda.empty_cache()
+                if self.parts >= len(inputs["input_ids"]):
+                    raise UserError(NO_MEMORY)
+                self.parts *= 2
+                print(f"gcdlite: out of GPU memory; batches are computed in {self.parts} parts", file=sys.stderr, flush=True)
 
     class Reporter(TrainerCallback):
         def on_train_begin(self, *_, **__) -> None:
@@ -104,16 +129,8 @@ def tune_with_head(
     started, read = time.perf_counter(), 0
     policy.model.train()
     for step, batch in enumerate(batches):
-        spoken = [samples[i] for i in batch if samples[i].label is None]
-        judged = [samples[i] for i in batch if samples[i].label is not None]
-        tokens = sum(len(s.response_ids) for s in spoken)
-        optimizer.zero_grad(set_to_none=True)
-        total = 0.0
-        for pack in make_packs(policy, spoken, policy.config):
-            loss = -logprobs(policy.model, pack).logprobs.sum() / tokens
-            loss.backward()
-            total += loss.item()
-        total += weight * value.backward(policy, judged, weight).item()
+        chosen = [samples[i] for i in batch]
+        total = policy.within_memory("token_budget", longest(chosen), partial(_gradients, policy, chosen, weight))
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -122,6 +139,21 @@ def tune_with_head(
             report(step, len(batches), total, read / (time.perf_counter() - started))
     policy.model.eval()
     policy.changed()
+
+
+def _gradients(policy: Policy, samples: Sequence[Sample], weight: float) -> float:
+    """The gradient of one step of `tune_with_head`, in place of what the parameters had; its loss."""
+    spoken = [s for s in samples if s.label is None]
+    judged = [s for s in samples if s.label is not None]
+    tokens = sum(len(s.response_ids) for s in spoken)
+    for p in policy.parameters():
+        p.grad = None
+    total = 0.0
+    for pack in make_packs(policy, spoken, policy.config):
+        loss = -logprobs(policy.model, pack).logprobs.sum() / tokens
+        loss.backward()
+        total += loss.item()
+    return total + weight * value.backward(policy, judged, weight).item()
 
 
 def _optimizer(policy: Policy, lr: float, warmup: int, total: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:

@@ -12,11 +12,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
+from gcdlite.backbone import plain, side_by_side
 from gcdlite.config import Config
 from gcdlite.gcd import value as value_head
 from gcdlite.losses import clipped_policy_loss, k3, token_weights
-from gcdlite.packing import logprobs, longest
+from gcdlite.packing import Pack, logprobs, longest
 from gcdlite.policy import Policy, by_sample, make_packs
 from gcdlite.records import Sample
 
@@ -131,34 +133,44 @@ def _gradients(policy, samples, batch, reference, config: Config) -> tuple[dict[
         if mine:
             weights.update(zip(mine, token_weights(lengths, cfg.loss_agg, limit)))
             counts[stream] = sum(lengths)
-    device = policy.device
-    sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=device))
+    parameters = policy.parameters()
+    sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), device=policy.device))
     # Without KL a sample of zero advantage has no gradient; it counts in the denominator above, and that is all.
     active = [i for i in batch if i in weights and (reference is not None or any(samples[i].advantages))]
-    for p in make_packs(policy, [samples[i] for i in active], config):
+
+    def work(model: nn.Module, p: Pack) -> tuple[Sequence[torch.Tensor | None], dict[str, torch.Tensor]]:
         mine = [active[k] for k in p.samples]
-        new = logprobs(policy.model, p, config.rollout.temperature).logprobs  # (N,)
+        new = logprobs(model, p, config.rollout.temperature).logprobs  # (N,)
 
         def flat(rows) -> torch.Tensor:
             """One value a response token, in the pack's order: (N,)"""
-            return torch.tensor([v for row in rows for v in row], device=device)
+            return torch.tensor([v for row in rows for v in row], device=new.device)
 
         old = flat(samples[i].logprobs for i in mine)
         advantage = flat(samples[i].advantages for i in mine)
         weight = flat([weights[i]] * len(samples[i].response_ids) for i in mine)
         is_judgment = flat([float(samples[i].stream == "judgment")] * len(samples[i].response_ids) for i in mine)
         loss = clipped_policy_loss(new, old, advantage, cfg.clip, cfg.dual_clip)
+        part = {}
         if reference is not None:
             kl = k3(new, flat(reference[i] for i in mine))
             loss = loss + cfg.kl * kl
-            sums["kl"] += (kl.detach() * (1 - is_judgment)).sum()
+            part["kl"] = (kl.detach() * (1 - is_judgment)).sum()
         weighted = loss * weight
-        (weighted * torch.where(is_judgment > 0, config.gcd.weight, 1.0)).sum().backward()
+        gradient = torch.autograd.grad((weighted * torch.where(is_judgment > 0, config.gcd.weight, 1.0)).sum(), parameters, allow_unused=True)
         with torch.no_grad():
-            sums["loss/policy"] += (weighted * (1 - is_judgment)).sum()
-            sums["loss/judgment"] += (weighted * is_judgment).sum()
-            sums["clip_share"] += ((new - old).exp() - 1).abs().gt(cfg.clip).sum()
-            sums["evaluated"] += len(new)
+            part["loss/policy"] = (weighted * (1 - is_judgment)).sum()
+            part["loss/judgment"] = (weighted * is_judgment).sum()
+            part["clip_share"] = ((new - old).exp() - 1).abs().gt(cfg.clip).sum()
+            part["evaluated"] = torch.tensor(len(new), device=new.device)
+        return gradient, part
+
+    for gradient, part in side_by_side(plain(policy.model), work, make_packs(policy, [samples[i] for i in active], config)):
+        for parameter, g in zip(parameters, gradient):
+            if g is not None:
+                parameter.grad = g if parameter.grad is None else parameter.grad.add_(g)
+        for key, value in part.items():
+            sums[key] += value
     labelled = [samples[i] for i in batch if samples[i].label is not None]
     if labelled:
         counts["judgment"] = 0
@@ -175,7 +187,7 @@ def _reference_logprobs(policy: Policy, samples: Sequence[Sample], config: Confi
 @torch.no_grad()
 def _logprobs(policy: Policy, samples: Sequence[Sample], config: Config) -> list[list[float]]:
     """Log-probs of every response token as the model stands."""
-    return by_sample(policy, samples, config, lambda pack: logprobs(policy.model, pack, config.rollout.temperature).logprobs.tolist())
+    return by_sample(policy, samples, config, lambda model, pack: logprobs(model, pack, config.rollout.temperature).logprobs.tolist())
 
 
 def _measured_kl(policy: Policy, samples: Sequence[Sample], config: Config, turns: int = 64) -> float:

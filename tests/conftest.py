@@ -57,6 +57,17 @@ def small_config(games_root, small_model) -> Config:
 
 
 @pytest.fixture
+def one_thread():
+    """Nothing goes on side by side: for tests that count calls, or let one of them fail."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def server(monkeypatch):
     """A local API server; the key to it is in the environment."""
     from tests.server import SECRET, Server

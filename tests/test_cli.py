@@ -278,6 +278,20 @@ def test_games_are_written(capsys):
     assert len(list(Path("made").rglob("game.tw-pddl"))) == 20
 
 
+def test_out_of_gpu_memory_is_one_line_and_other_errors_are_not_hidden(monkeypatch, capsys):
+    import torch
+
+    def fail(error):
+        monkeypatch.setitem(run.COMMANDS, "doctor", (lambda *_: (_ for _ in ()).throw(error), *run.COMMANDS["doctor"][1:]))
+        return run.main(["doctor"])
+
+    assert fail(torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and "Tried to allocate 2 GiB; set model.quantization=nf4" in said
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        fail(RuntimeError("a fault of ours"))
+
+
 def test_doctor(capsys, monkeypatch, tmp_path):
     from gcdlite import doctor
 

@@ -87,7 +87,7 @@ def really_saved(model, pack) -> int:
 
 
 @pytest.mark.parametrize(("name", "way"), CASES)
-def test_activations_are_what_autograd_saves(folders, name, way, monkeypatch):
+def test_activations_are_what_autograd_saves(folders, name, way):
     config = settings(folders[name], **WAYS[way])
     policy = Policy(config)
     policy.model.train()
@@ -105,7 +105,7 @@ def test_activations_are_what_autograd_saves(folders, name, way, monkeypatch):
     cuda = way == "fp32, heads copied"
     computed = plan.saved(shape, config, columns, rows, stem, cuda)
     if cuda:  # what CUDA adds by its kernel, and not by our model's code, is not here
-        monkeypatch.setenv("TRANSFORMERS_SDPA_FORCE_GQA", "0")
+        policy.model.get_base_model().set_attn_implementation("sdpa")
         computed -= shape.layers * 4 * (stem * stem + rows * columns * (stem + columns))
     if config.model.checkpointing:  # checkpointed layers hold what they are given as arguments
         computed -= plan.given(shape, config, columns, rows, stem, cuda)
@@ -170,7 +170,6 @@ def test_the_peak_of_a_wide_layer_on_meta_tensors(monkeypatch):
         return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, mask, True, 0.0, False, scale=scale)[0]
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", kernel)
-    monkeypatch.setenv("TRANSFORMERS_SDPA_FORCE_GQA", "0")
     sizes = plan.PUBLISHED["Qwen/Qwen2.5-7B"][1] | {"num_hidden_layers": 2}
     config = check({"model": {"checkpointing": True, "dtype": "bfloat16"}})
     tokens = 4096
@@ -259,6 +258,7 @@ def updated(config, budget) -> tuple[list[torch.Tensor], dict, Policy]:
 
 
 @pytest.mark.parametrize(("kl", "dropout"), [(0.1, 0.0), (0.0, 0.3)])
+@pytest.mark.usefixtures("one_thread")
 def test_an_update_that_runs_out_of_memory_equals_one_with_half_the_budget(small_config, monkeypatch, kl, dropout, capsys):
     """Whichever pack it happens in: the first of a step, one whose step has gradients already, the reference's."""
     small_config.update.kl, small_config.lora.dropout = kl, dropout
@@ -282,6 +282,7 @@ def test_an_update_that_runs_out_of_memory_equals_one_with_half_the_budget(small
         assert not all(torch.allclose(a, b, atol=1e-5) for a, b in zip(plain, wanted))  # the random state mattered
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_budget_below_the_longest_sample_would_not_help(small_config, monkeypatch):
     out_of_memory_at(monkeypatch, updating, "logprobs", range(100))
     with pytest.raises(UserError, match="out of GPU memory with token_budget 11, .*lower rollout.max_prompt_tokens") as fault:
@@ -289,6 +290,7 @@ def test_a_budget_below_the_longest_sample_would_not_help(small_config, monkeypa
     assert "\n" not in str(fault.value)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_generation_that_runs_out_of_memory_gives_the_same_answers(small_config, monkeypatch):
     from gcdlite.sampling import _Sampler
 
@@ -310,6 +312,7 @@ def test_generation_that_runs_out_of_memory_gives_the_same_answers(small_config,
         answers()
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_what_an_algorithm_asks_the_model_beside_the_episodes_survives_running_out_of_memory(small_config, monkeypatch):
     """PPO's values and the critic's steps, NTHR's scores: as with half the budget."""
     task, dice = Task("t", "t", "t"), random.Random(0)

@@ -33,7 +33,9 @@ class Lagging(AlfworldPool):
 
 
 def play(config, pool, temperature, seed=0):
-    """Two games, three episodes each."""
+    """Two games, three episodes each, with overlap where the pool is slow, unless the settings say otherwise."""
+    if config.rollout.overlap is None:
+        config.rollout.overlap = True
     tasks = [task for task in pool.tasks("train")[:2] for _ in range(3)]
     return rollout.play(Policy(config), pool, tasks, config, torch.Generator().manual_seed(seed), temperature)
 
@@ -53,6 +55,18 @@ def test_overlap_plays_the_episodes_that_are_played_without_it(small_config, tem
     here = threading.main_thread()
     assert fast.calls == [(here, [0, 1, 2, 3, 4, 5])] * 4
     assert [places for _, places in slow.calls] == [[0, 1, 2], [3, 4, 5]] * 4 and all(thread is not here for thread, _ in slow.calls)
+
+
+def test_overlap_is_for_machines_with_a_gpu_unless_it_is_asked_for(small_config):
+    policy = Policy(small_config)
+    assert not rollout._overlaps(policy, small_config)
+    policy.device = torch.device("cuda")
+    assert rollout._overlaps(policy, small_config)
+    small_config.rollout.overlap = False
+    assert not rollout._overlaps(policy, small_config)
+    slow = Lagging(small_config)
+    play(small_config, slow, 1.0)
+    assert slow.calls == [(threading.main_thread(), [0, 1, 2, 3, 4, 5])] * 4
 
 
 def test_what_is_played_does_not_depend_on_who_is_quicker(small_config):

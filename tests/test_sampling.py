@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import random
 
 import pytest
@@ -112,7 +111,7 @@ def test_these_prompts_are_laid_out_in_many_ways(qwen2, monkeypatch):
     queries = []
     of = sampling._Layout.of
     monkeypatch.setattr(sampling._Layout, "of", lambda *a, **k: queries.append(of(*a, **k).queries) or of(*a, **k))
-    for max_rows in (10, 64):
+    for max_rows in (7, 10, 64):
         draw(qwen2, some_prompts(), max_rows=max_rows)
     assert set(queries) >= {1, 2, 3}
 
@@ -201,6 +200,7 @@ def test_copies_of_a_prompt_are_drawn_apart(qwen2):
     assert len({tuple(c.ids) for c in completions}) > 15
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_nothing_shared_is_computed_twice(qwen2, monkeypatch):
     seen = []
     forward = Qwen2ForCausalLM.forward
@@ -223,6 +223,19 @@ def test_nothing_shared_is_computed_twice(qwen2, monkeypatch):
     heads.clear()
     draw(qwen2, prompts, new=1, heads=heads)
     assert seen == [(1, 10), (2, 2)]
+
+
+def test_decoding_asks_a_gpu_for_nothing_but_at_every_eighth_token(qwen2, monkeypatch):
+    """On tensors without data, whoever asks for a value fails at once, where on a GPU he would wait."""
+    model, forwards = copy.deepcopy(qwen2).to("meta"), []
+    forward = Qwen2ForCausalLM.forward
+    monkeypatch.setattr(Qwen2ForCausalLM, "forward", lambda self, **options: forwards.append(1) or forward(self, **options))
+    prompts = [[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 3, 5]]  # a forward pass for the head, one for the ends
+    for new, asked_after in ((5, 5), (8, 8), (20, 8)):  # at the end, for the tokens; and for who has finished
+        forwards.clear()
+        with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+            draw(model, prompts, new=new)
+        assert len(forwards) == 2 + asked_after - 1
 
 
 def test_a_kept_head_serves_where_it_begins_alike(qwen2):
@@ -271,7 +284,6 @@ def test_the_model_comes_back_as_it_was(qwen2):
     assert [c.ids for c in draw(model, prompts)] == [c.ids for c in draw(qwen2, prompts)]  # without dropout
     assert model.training and model.model.layers[0].training
     assert all("forward" not in vars(module) for module in model.modules())
-    assert "TRANSFORMERS_SDPA_FORCE_GQA" not in os.environ
 
 
 def test_no_prompts_no_completions(qwen2):

@@ -394,7 +394,7 @@ def test_what_is_ambiguous_is_settled(pool):
 
 @real
 def test_overlap_plays_what_is_played_without_it_and_leaves_the_machines_at_rest(pool, monkeypatch):
-    config, tasks = check({"env": {"max_turns": 2}}), [PLANT, BEAR]
+    config, tasks = check({"env": {"max_turns": 2}, "rollout": {"overlap": True}}), [PLANT, BEAR]
     overlapped = play(Talker("open door"), pool, tasks, config, None, 1.0)
     monkeypatch.setattr(pool, "slow", False)
     assert overlapped == play(Talker("open door"), pool, tasks, config, None, 1.0)
@@ -574,7 +574,7 @@ def test_a_nano_is_made_from_play(monkeypatch, tmp_path):
     monkeypatch.setattr(experts, "level_tasks", lambda level, protocol: [BEAR])
     config = load(find_config("nano-scienceworld"), ["env.simplification=none", "env.jvms=1"])
     cfg = config.coldstart
-    cfg.base_turns, cfg.trajectories, cfg.judgments, cfg.epochs, cfg.hidden, cfg.layers = 40, 1, 2, 1, 32, 1
+    cfg.base_turns, cfg.trajectories, cfg.judgments, cfg.epochs, cfg.hidden, cfg.layers, cfg.lists = 40, 1, 2, 1, 32, 1, 20
     coldstart.main(config, tmp_path / "nano")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "nano" / "model")
     made = json.loads((tmp_path / "nano" / "model" / "made.json").read_text())
@@ -585,7 +585,9 @@ def test_a_nano_is_made_from_play(monkeypatch, tmp_path):
 @real
 def test_random_play_shows_what_can_be_copied(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    examples = coldstart.science_random_examples(load(find_config("nano-scienceworld")), random.Random(1), 60, words)
+    names: set[str] = set()
+    examples = coldstart.science_random_examples(load(find_config("nano-scienceworld")), random.Random(1), 60, words, names)
+    assert len(names) > 20 and all(any(name in e.prompt for e in examples) for name in names)
     told = [e for e in examples if "<think>told to " in e.response]
     assert len(examples) == 60 and 30 < len(told) < 58
     for e in examples:

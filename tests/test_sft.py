@@ -8,7 +8,9 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from test_plan import out_of_memory_at
 from transformers import AutoModelForCausalLM
+from trl import SFTTrainer
 
 from gcdlite import coldstart, prompts, sft
 from gcdlite.coldstart import encode
@@ -159,6 +161,38 @@ def test_checkpointed_layers_are_trained_too(nano_config, tmp_path):
         sft.tune(policy, rows, [[0, 1], [2]], lr=1e-3, warmup=1, folder=tmp_path, seed=0, report=silent)
         ends.append([p.detach() for p in policy.parameters()])
     assert all(torch.allclose(p, q, atol=1e-5) for p, q in zip(*ends)) and all(p.abs().max() > 0 for p in ends[0])
+
+
+@pytest.mark.parametrize("variant", ["vanilla", "value"])
+@pytest.mark.usefixtures("one_thread")
+def test_running_out_of_memory_ends_where_training_without_it_ends(head_config, tmp_path, monkeypatch, capsys, variant):
+    """Whether it comes before a step has gradients or after; with one row at a time there is nothing left to try."""
+    examples = examples_of(head_config, variant)
+    labels = [e.label for e in examples]
+    rows = [encode(Policy(head_config).tokenizer, e) for e in examples]
+    batches = [range(0, 5), range(3, 8)]
+    trained = {"vanilla": SFTTrainer, "value": sft}[variant], {"vanilla": "compute_loss", "value": "logprobs"}[variant]
+
+    def ends(failing=()):
+        policy = Policy(head_config)
+        policy.token_budget = 1200
+        # Adam's first steps hardly depend on a gradient's size: rows that count twice would not show
+        monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, lr, **_: torch.optim.SGD(parameters, lr))
+        count = out_of_memory_at(monkeypatch, *trained, failing)
+        if variant == "value":
+            sft.tune_with_head(policy, rows, labels, batches, lr=0.3, warmup=1, weight=1.0, report=silent)
+        else:
+            sft.tune(policy, rows, batches, lr=0.3, warmup=1, folder=tmp_path, seed=0, report=silent)
+        monkeypatch.undo()
+        return torch.cat([p.detach().flatten() for p in policy.parameters()]), len(count)
+
+    plain, calls = ends()
+    for failing in ({0}, {0, 2}, {calls - 1}):
+        cut, _ = ends(failing)
+        assert "out of GPU memory" in capsys.readouterr().err
+        assert (cut - plain).norm() < 1e-3 * (plain - torch.cat([p.detach().flatten() for p in Policy(head_config).parameters()])).norm()
+    with pytest.raises(UserError, match="^out of GPU memory with"):
+        ends(range(100))
 
 
 def test_an_adapter_on_lm_head_is_refused(nano_config, tmp_path):
