@@ -10,7 +10,8 @@ from test_sampling import build, draw, some_prompts
 from test_update import make_samples, wake
 
 from gcdlite import backbone
-from gcdlite.policy import Policy
+from gcdlite.policy import Policy, make_packs
+from gcdlite.records import Sample
 from gcdlite.update import make_optimizer, update
 
 
@@ -144,3 +145,13 @@ def test_a_policy_on_a_cpu_copies_no_heads(small_config, monkeypatch):
     optimizer, schedule = make_optimizer(policy, small_config)
     update(policy, samples, optimizer, schedule, small_config, random.Random(0))
     policy.generate([[1, 2, 3]] * 3 + [[1, 2, 4]], max_new_tokens=3, temperature=1.0, rng=torch.Generator().manual_seed(0))
+
+
+def test_what_is_computed_at_the_same_time_shares_the_token_budget(small_config, threads):
+    small_config.update.token_budget, most = 64, {}
+    policy = Policy(small_config)
+    samples = [Sample([1] * 10 + [i], [2, 3], [1.0] * 2, [0.0] * 2) for i in range(20)]
+    for n in (1, 2):
+        threads(n)
+        most[n] = max(p.tokens for p in make_packs(policy, samples, small_config))
+    assert most[2] <= 32 < most[1] <= 64
