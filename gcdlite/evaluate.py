@@ -6,6 +6,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Sequence
+from statistics import mean, pstdev
 
 import torch
 
@@ -37,7 +38,8 @@ def evaluate(policy: Policy, pool: Pool, level: str, config: Config, batch: int 
     """(metrics `eval/<level>…`, episodes) of one level.
 
     `eval/L0` is the share of won games, `/low` and `/high` its Wilson interval, `/n` their number, `/type/<type>` the
-    share by task type; an episode whose environment failed counts in `/errors` only. With `eval.judge_turns` the policy
+    share by task type; an episode whose environment failed counts in `/errors` only. In ScienceWorld `/score` is the mean
+    score, a failure's being 0, and `/score_half` half of its 95 % interval (normal). With `eval.judge_turns` the policy
     judges that many of its own turns, half of them good and half bad by the oracle, greedily, or its value head does.
     Nothing here touches the training's random states.
     """
@@ -51,6 +53,9 @@ def evaluate(policy: Policy, pool: Pool, level: str, config: Config, batch: int 
     name = f"eval/{level}"
     whole = sound(episodes)
     out = success(name, whole)
+    if config.env.name == "scienceworld" and whole:
+        scores = [max(0.0, e.score) for e in whole]
+        out |= {f"{name}/score": mean(scores), f"{name}/score_half": 1.959964 * (pstdev(scores) / len(scores) ** 0.5)}
     played = metrics(episodes, 0.0)
     for key in ("turns", "malformed", "inadmissible", "repeated", "looped", "response_tokens", "errors"):
         out[f"{name}/{key}"] = played[f"rollout/{key}"]

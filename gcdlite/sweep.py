@@ -434,7 +434,7 @@ def over(values: Iterable[float | None]) -> dict[str, Any] | None:
 
 # Columns of the table of behaviour: heading, key in summary.json, factor.
 BEHAVIOUR = (
-    ("repeated %", "repeated", 100), ("looped %", "looped", 100), ("malformed %", "malformed", 100),
+    ("score", "score", 1), ("repeated %", "repeated", 100), ("looped %", "looped", 100), ("malformed %", "malformed", 100),
     ("inadmissible %", "inadmissible", 100), ("tokens a turn", "response_tokens", 1), ("turns", "turns", 1),
 )  # fmt: skip
 
@@ -546,9 +546,10 @@ def markdown(recipe: Recipe, rows: Sequence[dict[str, Any]], note: str = "") -> 
 
     finished = [row for row in rows if row["after"] is not None]
     if finished:
-        lines += head("arm", "level", *(name for name, _, _ in BEHAVIOUR))
+        shown = [part for part in BEHAVIOUR if any(row[part[1]] for row in finished)]  # only ScienceWorld has a score
+        lines += head("arm", "level", *(name for name, _, _ in shown))
         for row in finished:
-            cells = [label(row), row["level"], *(cell(row[key], factor) for _, key, factor in BEHAVIOUR)]
+            cells = [label(row), row["level"], *(cell(row[key], factor) for _, key, factor in shown)]
             lines.append(f"| {' | '.join(cells)} |")
         lines += head("arm", "seeds", "iterations", "threads", "min of training", "difference in time %")
         for row in {row["arm"]: row for row in finished}.values():

@@ -32,7 +32,7 @@ from gcdlite.update import make_optimizer, update
 
 
 # What summary.json keeps of an evaluation beside success and the judge's accuracy.
-SUMMARISED = ("low", "high", "n", "judge_n", "turns", "malformed", "inadmissible", "repeated", "looped", "response_tokens", "errors")
+SUMMARISED = ("low", "high", "n", "score", "score_half", "judge_n", "turns", "malformed", "inadmissible", "repeated", "looped", "response_tokens", "errors")
 
 
 def train(config: Config, folder: Path, listeners: Sequence[Listener] = (), resume: bool = False) -> dict[str, Any]:

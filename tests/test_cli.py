@@ -514,6 +514,8 @@ def test_the_closing_table():
     assert "L1" not in shown and "nano" not in shown and "inadmissible" not in shown
     (l0,) = [line for line in text_of(closing_table(summary(levels={"L0": {"after": {"success": 0.5, "low": 0.1, "high": 0.9, "n": 6, "errors": 2}}})), 100, None).splitlines() if line.startswith("L0  ")]
     assert "50.0 % (10–90, n 6, 2 failed)" in l0
+    (l0,) = [line for line in text_of(closing_table(summary(levels={"L0": {"after": {"success": 0.5, "low": 0.1, "high": 0.9, "n": 6, "score": 61.25, "score_half": 9.9}}})), 100, None).splitlines() if line.startswith("L0  ")]
+    assert "50.0 % (10–90, n 6) score 61.2 ± 9.9" in l0
     assert "Real games." in text_of(closing_table(summary(environment_note="real games")), 100, None)
     (l2,) = [line for line in shown.splitlines() if line.startswith("L2  ")]
     assert "–" in l2 and "+" not in l2

@@ -1,11 +1,13 @@
 """Evaluation: every game once, intervals and shares by type, and no influence on training."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_train import Failing, adapter_of, scripted
 
+import gcdlite.evaluate as evaluation
 from gcdlite import envs
 from gcdlite import train as loop
 from gcdlite.envs.alfworld.engine import Game
@@ -68,6 +70,19 @@ def test_a_game_whose_environment_failed_is_counted_apart(small_config):
     out, episodes = evaluate(policy, Failing(pool, (2,)), "L0", small_config)
     assert len(episodes) == 4 and out["eval/L0/n"] == 3 and out["eval/L0/errors"] == 1 and out["eval/L0/turns"] == 4
     assert episodes[2].error and (out["eval/L0/low"], out["eval/L0/high"]) == wilson(0, 3)
+
+
+def test_scienceworld_has_a_mean_score(small_config, monkeypatch):
+    """Failures count 0; the interval is the normal one."""
+    scores = [100.0, -100.0, 50.0, 0.0]
+    played = [Episode(Task(str(i), "boil", ""), "", won=s == 100, score=s) for i, s in enumerate(scores)] + [Episode(Task("4", "boil", ""), "", error="dead")]
+    monkeypatch.setattr(evaluation, "play", lambda *_: played)
+    pool = SimpleNamespace(tasks=lambda level: [Task("0", "boil", "")])
+    small_config.env.name, small_config.eval.judge_turns, small_config.eval.limit = "scienceworld", 0, 0
+    out, _ = evaluate(Policy(small_config), pool, "L0", small_config)
+    assert out["eval/L0/score"] == 37.5 and out["eval/L0/score_half"] == pytest.approx(1.96 * 41.4578 / 2, rel=1e-3) and out["eval/L0"] == 0.25
+    small_config.env.name = "alfworld"
+    assert "eval/L0/score" not in evaluate(Policy(small_config), pool, "L0", small_config)[0]
 
 
 def test_levels_are_what_the_protocol_says(games_root):

@@ -538,6 +538,19 @@ def test_gold_paths_are_made_once_and_measure_progress(pool, monkeypatch):
 
 
 @real
+def test_in_easy_worlds_gold_paths_teleport_where_that_wins(pool, monkeypatch):
+    alone(pool, BEAR)
+    store = GoldPaths("easy")
+    store._jvm = pool._places[0].jvm
+    made = store.get(BEAR)
+    assert made.wins and made.actions == ["teleport to outside", BEAR_PATH[-1]]
+    monkeypatch.setattr(experts, "shortened", lambda actions: actions[:1])  # does not win
+    store.folder = store.folder / "other"
+    assert store.get(BEAR).wins and store.get(BEAR).actions == BEAR_PATH
+    store._jvm = None
+
+
+@real
 def test_the_cold_start_learns_from_gold_paths_and_the_oracles_verdicts(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(experts, "level_tasks", lambda level, protocol: [BEAR])

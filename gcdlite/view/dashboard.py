@@ -377,7 +377,7 @@ def of_event(event: Event, level: str) -> Event:
     if name not in event:
         return {}
     return {"success": event[name], "judge": event.get(f"{name}/judge_balanced_accuracy")} | {
-        k: event.get(f"{name}/{k}") for k in ("low", "high", "n", "errors")
+        k: event.get(f"{name}/{k}") for k in ("low", "high", "n", "errors", "score", "score_half")
     }
 
 
@@ -392,13 +392,16 @@ def level_row(level: str, before: Event, after: Event) -> list[Text]:
 
 
 def with_interval(part: Event) -> Text:
-    """`43.8 % (28–61, n 32)`, or a dash; episodes whose environment failed are no part of n, and told beside it."""
+    """`43.8 % (28–61, n 32)`, in ScienceWorld with the mean score behind it, or a dash; episodes whose environment failed
+    are no part of n, and told beside it."""
     if not part:
         return Text("–", "dim")
     text = Text(percent(part["success"]), "bold")
     if part.get("low") is not None:
         failed = f", {part['errors']:.0f} failed" if part.get("errors") else ""
         text.append(f" ({100 * part['low']:.0f}–{100 * part['high']:.0f}, n {part['n']:.0f}{failed})", "not bold dim")
+    if part.get("score") is not None:
+        text.append(f" score {part['score']:.1f} ± {part['score_half']:.1f}", "not bold")
     return text
 
 

@@ -64,7 +64,7 @@ class ScienceWorldPool:
         """Raises UserError when Java or the simulator is missing."""
         self.config, self.capacity = config.env, machines(config)
         java_path()
-        self.note = f"{about(config)}; {notes(config.env.max_turns)}".removesuffix("; ")
+        self.note = f"{about(config)}; {notes(config.env.max_turns, config.env.simplification)}".removesuffix("; ")
         self._simplification = "" if config.env.simplification == "none" else config.env.simplification
         self._gold = GoldPaths(self._simplification, timeout=10 * config.env.timeout)
         # An oracle that labels needs the paths of what is trained on; one that only measures takes what there is.

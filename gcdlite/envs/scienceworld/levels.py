@@ -60,8 +60,12 @@ LEVELS = {
 }
 SEEN = 10  # training variations of each type in `single`'s L0, spread evenly over the fold
 
-# No gold path of these types fits into 30 actions, whichever variation was looked at (docs/scienceworld.md).
-TOO_LONG = {30: ("5-1", "5-2", "9-1", "9-2", "9-3", "10-1", "10-2")}
+# simplification -> types of which no gold path fits into so many actions, whichever variation was looked at (docs/scienceworld.md).
+LIMIT = 30
+TOO_LONG = {
+    "none": ("5-1", "5-2", "9-1", "9-2", "9-3", "10-1", "10-2"),
+    "easy": ("5-2", "9-1", "9-2", "9-3", "10-1", "10-2"),
+}
 
 
 def fold(variations: int, name: str) -> range:
@@ -110,10 +114,16 @@ def split_path(path: str) -> tuple[str, int]:
     return kind, int(number)
 
 
-def notes(max_turns: int) -> str:
-    """Which types' solutions do not fit into so many turns, in one line; "" when nothing is known for that number."""
-    limit = min((n for n in TOO_LONG if n >= max_turns), default=None)
-    if limit is None:
-        return ""
-    names = [f"{number} {TYPES[number][0]}" for number in TOO_LONG[limit]]
-    return f"no gold path seen fits into {max_turns} actions: {', '.join(names)}"
+def too_long(max_turns: int, simplification: str) -> tuple[str, ...]:
+    """The ids of the types whose solutions do not fit into so many turns; () when nothing is known for that number.
+
+    >>> too_long(30, "easy")[:2], too_long(31, "none")
+    (('5-2', '9-1'), ())
+    """
+    return TOO_LONG[simplification] if max_turns <= LIMIT else ()
+
+
+def notes(max_turns: int, simplification: str) -> str:
+    """These types in one line; "" when there are none."""
+    names = [f"{number} {TYPES[number][0]}" for number in too_long(max_turns, simplification)]
+    return f"no gold path seen fits into {max_turns} actions: {', '.join(names)}" if names else ""
