@@ -207,7 +207,7 @@ def science_lessons(config: Config, dice: random.Random, count: Callable[[str], 
     wanted = 0 if cfg.variant == "vanilla" else cfg.judgments
     examples: list[Example] = []
     judged: dict[int, list[Example]] = {0: [], 1: []}
-    with Lessons(config.env) as lessons:
+    with Lessons(config.env, cfg.variations) as lessons:
         for number, turns in enumerate(lessons.episodes(cfg.trajectories, dice, stray=cfg.deviate, harmless=True)):
             examples += [Example(prompt(t, turns[:i]), prompts.answer(thought(t.better), t.better), "expert") for i, t in enumerate(turns)]
             print(f"gold path {number + 1} of {cfg.trajectories}: {turns[0].description} ({len(turns)} actions)", flush=True)

@@ -569,6 +569,17 @@ def test_the_cold_start_learns_from_gold_paths_and_the_oracles_verdicts(monkeypa
         assert "science tasks" in e.prompt and (value == 0 or judged_action in BEAR_PATH)
 
 
+def test_lessons_are_of_a_few_variations_of_each_type_that_can_be_won(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for simplification, kinds in (("none", 20 - 4), ("easy", 20 - 3)):  # of those that are trained on; easy has grow-plant
+        tasks = experts.Lessons(check({"env": {"simplification": simplification}}).env, 30)._tasks
+        assert len(tasks) == kinds and ("grow-plant" in tasks) == (simplification == "easy")
+        assert [len(tasks[kind]) for kind in ("boil", "find-plant")] == [14, 30]
+        shown = {task.id for some in tasks.values() for task in some}
+        assert shown >= {t.id for t in levels.level_tasks("L0") if t.type in tasks}  # what L0 asks for has been shown
+    assert len(experts.Lessons(check({}).env)._tasks["find-plant"]) == 150
+
+
 @real
 def test_lessons_stray_where_it_does_no_harm_and_win(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -17,7 +17,7 @@ from pathlib import Path
 from gcdlite.config import Env
 from gcdlite.envs.scienceworld.game import Game
 from gcdlite.envs.scienceworld.jvm import EngineError, Jvm, installed_version
-from gcdlite.envs.scienceworld.levels import TYPES, VARIATIONS, fold, level_tasks, make_task, split_path, too_long
+from gcdlite.envs.scienceworld.levels import TYPES, VARIATIONS, fold, level_tasks, make_task, split_path, spread, too_long
 from gcdlite.records import Observation, Task, UserError
 
 
@@ -180,8 +180,8 @@ class Lessons:
     """Episodes of the training fold that follow gold paths. The types take turns, so that those with hundreds of
     variations do not crowd out the others; those known to be too long for the turns are left out."""
 
-    def __init__(self, env: Env) -> None:
-        """Raises UserError when Java or the simulator is missing."""
+    def __init__(self, env: Env, variations: int = 0) -> None:
+        """`variations` of each type, evenly spread (0: all). Raises UserError when Java or the simulator is missing."""
         self.env = env
         self.gold = GoldPaths("" if env.simplification == "none" else env.simplification, timeout=10 * env.timeout)
         hopeless = {TYPES[n][0] for n in too_long(env.max_turns, env.simplification)}
@@ -189,6 +189,8 @@ class Lessons:
         for task in level_tasks("train", env.protocol):
             if task.type not in hopeless:
                 self._tasks.setdefault(task.type, []).append(task)
+        if variations:
+            self._tasks = {kind: list(spread(tasks, variations)) for kind, tasks in self._tasks.items()}
 
     def __enter__(self) -> Lessons:
         return self

@@ -7,8 +7,13 @@ Nothing here starts a Java machine.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 from gcdlite.config import nearest
 from gcdlite.records import Task, UserError
+
+T = TypeVar("T")
 
 # id -> (type, variations of scienceworld 1.2.3)
 TYPES: dict[str, tuple[str, int]] = {
@@ -93,10 +98,19 @@ def level_tasks(level: str, protocol: str = "single") -> list[Task]:
     tasks = []
     for name in types(protocol, held_out):
         numbers = fold(VARIATIONS[name], part)
-        if protocol == "single" and level == "L0" and len(numbers) > SEEN:
-            numbers = [numbers[int((i + 0.5) * len(numbers) / SEEN)] for i in range(SEEN)]  # type: ignore[assignment]
+        if protocol == "single" and level == "L0":
+            numbers = spread(numbers, SEEN)
         tasks += [make_task(name, number) for number in numbers]
     return tasks
+
+
+def spread(items: Sequence[T], most: int) -> Sequence[T]:
+    """At most so many of the items, evenly spread. A third of 3 * n of them are these n.
+
+    >>> spread(range(30), 3), spread(range(30), 9), spread("abc", 5)
+    ([5, 15, 25], [1, 5, 8, 11, 15, 18, 21, 25, 28], 'abc')
+    """
+    return [items[int((i + 0.5) * len(items) / most)] for i in range(most)] if len(items) > most else items
 
 
 def make_task(kind: str, variation: int) -> Task:
