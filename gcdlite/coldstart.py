@@ -142,7 +142,8 @@ def _renamed(lesson: Example, prior: Prior, dice: random.Random) -> Example:
 
 
 def _science_material(config: Config, dice: random.Random) -> Material:
-    """Random play in training variations of all thirty task types, then gold paths of those that are trained on."""
+    """Lists of things to copy, random play in training variations of all thirty task types, then gold paths of those that
+    are trained on."""
     cfg, phases = config.coldstart, []
     if not cfg.start:
         names: set[str] = set()  # of things in sight

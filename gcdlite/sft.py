@@ -6,9 +6,7 @@ take the steps that they are given, in order: AdamW, gradients clipped at 1, war
 
 from __future__ import annotations
 
-import gc
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,10 +22,6 @@ from gcdlite.records import Sample, UserError
 Row = tuple[list[int], int]  # token ids, and where the response begins
 Batches = Sequence[Sequence[int]]  # indices of the rows of each optimizer step
 Report = Callable[[int, int, float, float], None]  # step, steps in all, loss, tokens a second
-NO_MEMORY = (
-    "out of GPU memory with one example at a time: take a smaller model, set model.quantization=nf4 model.checkpointing=true, "
-    "or lower rollout.max_prompt_tokens"
-)
 
 
 def rate(step: int, total: int, warmup: int, floor: float = 0.05) -> float:
@@ -47,8 +41,9 @@ def tune(policy: Policy, rows: Sequence[Row], batches: Batches, *, lr: float, wa
     optimizer and schedule, and batches of like lengths under a token budget in place of a fixed number of rows. It
     leaves nothing in `folder`, where the caller saves the adapter.
 
-    After a CUDA out-of-memory error the step's rows are computed in parts. Raises UserError where memory does not suffice
-    for one row, and where `lora.targets` has lm_head, whose adapter TRL would leave out of its loss.
+    A step's rows are computed in parts of at most the policy's token budget, which an out-of-memory error halves. Raises
+    UserError where memory does not suffice for the longest row, and where `lora.targets` has lm_head, whose adapter TRL
+    would leave out of its loss.
     """
     from datasets import Dataset
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -60,25 +55,20 @@ def tune(policy: Policy, rows: Sequence[Row], batches: Batches, *, lr: float, wa
         raise UserError("the cold start cannot train an adapter on lm_head: take it out of lora.targets")
 
     class Trainer(SFTTrainer):
-        parts = 1  # that a step's rows are computed in: twice as many after each CUDA out-of-memory error
-
         def get_train_dataloader(self) -> DataLoader:
             return DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
 
         def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-            while True:
-                cut = zip(*(v.chunk(self.parts) for v in inputs.values()))
-                try:  # each part's loss is divided by the tokens of the whole step, so that they add up
-                    return sum(super(Trainer, self).training_step(model, dict(zip(inputs, part)), num_items_in_batch) for part in cut)
-                except torch.OutOfMemoryError:
-                    pass  # go on outside: in here, the error's traceback still holds the tensors of the failed try
+            rows = inputs["input_ids"]
+
+            def work() -> torch.Tensor:
                 model.zero_grad(set_to_none=True)
-                gc.collect()
-                torch.cuda.empty_cache()
-                if self.parts >= len(inputs["input_ids"]):
-                    raise UserError(NO_MEMORY)
-                self.parts *= 2
-                print(f"gcdlite: out of GPU memory; batches are computed in {self.parts} parts", file=sys.stderr, flush=True)
+                some = max(1, policy.token_budget // rows.shape[1])
+                cut = zip(*(v.split(some) for v in inputs.values()))
+                # Each part's loss is divided by the tokens of the whole step, so that they add up.
+                return sum(super(Trainer, self).training_step(model, dict(zip(inputs, part)), num_items_in_batch) for part in cut)
+
+            return policy.within_memory("token_budget", rows.shape[1], work)
 
     class Reporter(TrainerCallback):
         def on_train_begin(self, *_, **__) -> None:
