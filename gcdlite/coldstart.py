@@ -33,7 +33,7 @@ from gcdlite.envs.alfworld.experts import Prior
 from gcdlite.envs.alfworld.games import IN_DOMAIN, OUT_OF_DOMAIN, find_games
 from gcdlite.envs.scienceworld.experts import Lesson, Lessons, thought
 from gcdlite.gcd.labels import verdict
-from gcdlite.lessons import NAME, Example, Style, copying, exercises, expert_examples, judgment_text, laps, make_prior, random_examples, reminders, swap_names
+from gcdlite.lessons import NAME, Example, Style, copying, exercises, expert_examples, judgment_text, laps, make_prior, random_examples, reasoning_tag, reminders, swap_names
 from gcdlite.nano import build_model, build_tokenizer
 from gcdlite.policy import Policy, load_tokenizer, resolve
 from gcdlite.records import Task, UserError
@@ -195,10 +195,21 @@ def science_lessons(config: Config, dice: random.Random, count: Callable[[str], 
     def prompt(lesson: Lesson, before: Sequence[Lesson]) -> str:
         return _science_prompt(config, lesson, before, count)
 
-    def beside(t: Lesson, asked: str, value: int) -> Example:
+    def tag(lesson: Lesson, before: Sequence[Lesson]) -> str:
+        if not style.tags:
+            return "think"
+        last = before[-1] if before else None
+        achieved, failed = not last or last.after.score > last.before.score, bool(last) and last.after.understood is False
+        return reasoning_tag(lesson.better, achieved, failed, {t.action for t in before})
+
+    def shown(t: Lesson, before: Sequence[Lesson]) -> Example:
+        return Example(prompt(t, before), prompts.answer(thought(t.description, t.better), t.better, tag(t, before)), "expert")
+
+    def beside(t: Lesson, before: Sequence[Lesson], value: int) -> Example:
+        asked = prompt(t, before)
         if style.variant == "future":  # what the simulator said; after that, the prompt of the next turn repeats the whole room
             return Example(prompts.future_prompt(style.prompt, asked, t.action), t.after.brief, "future")
-        response = prompts.answer(t.thought, t.action)
+        response = prompts.answer(t.thought, t.action, tag(t, before))
         if style.variant == "value":
             return Example(asked, response, "value", value)
         rate = dice.choice((10, 20, 30, 40, 50, 60, 70, 80, 90)) / 100
@@ -210,13 +221,13 @@ def science_lessons(config: Config, dice: random.Random, count: Callable[[str], 
     judged: dict[int, list[Example]] = {0: [], 1: []}
     with Lessons(config.env, cfg.variations) as lessons:
         for number, turns in enumerate(lessons.episodes(cfg.trajectories, dice, stray=cfg.deviate, harmless=True)):
-            examples += [Example(prompt(t, turns[:i]), prompts.answer(thought(t.better), t.better), "expert") for i, t in enumerate(turns)]
+            examples += [shown(t, turns[:i]) for i, t in enumerate(turns)]
             print(f"gold path {number + 1} of {cfg.trajectories}: {turns[0].description} ({len(turns)} actions)", flush=True)
         for turns in lessons.episodes(4 * cfg.trajectories if wanted else 0, dice, stray=max(cfg.deviate, 0.5)):
             for i, t in enumerate(turns):
                 value = verdict(t.before.plan, t.after.plan, t.after.revealed)
                 if value is not None and len(judged[value]) < (wanted + value) // 2:
-                    judged[value].append(beside(t, prompt(t, turns[:i]), value))
+                    judged[value].append(beside(t, turns[:i], value))
             if sum(map(len, judged.values())) == wanted:
                 break
     print(f"{len(judged[1])} good and {len(judged[0])} bad turns to judge, of {wanted} wanted", flush=True)
@@ -245,12 +256,13 @@ def science_random_examples(
 
 
 def _science_prompt(config: Config, turn: Lesson, before: Sequence[Lesson], count: Callable[[str], int], task: str | None = None) -> str:
-    """The run's own prompt for a turn of ScienceWorld after those before it; `task` stands in the task's place."""
-    style = _style(config)
+    """The run's own prompt for a turn of ScienceWorld after those before it; an order given as `task` stands in the task's
+    place, and needs no tags."""
+    style, tags = _style(config), config.algo.tagged and task is None
     history = [(t.before.brief, t.action) for t in before[max(0, len(before) - style.history) :]]
     text, things = prompts.fit_room(turn.before.text, turn.before.objects or [], config.env.room_tokens, count)
     return prompts.turn_prompt(
-        style.prompt, task or turn.description, len(before), history, text, turn.before.admissible, objects=things
+        style.prompt, task or turn.description, len(before), history, text, turn.before.admissible, tags=tags, objects=things
     )
 
 

@@ -20,6 +20,7 @@ from gcdlite.gcd.labels import verdict
 from gcdlite.gcd.suggest import MISTAKES
 from gcdlite.records import Suggestion, Task
 
+EXPLORING = ("go", "teleport", "open", "examine", "look", "read")  # commands that show something
 LOOKS = 8  # questions to one prompt of nano's exercises
 MOST = 20  # highest number of a made-up thing: among a few, guessing would do
 # nano's exercises in reading, from small to as large as a real prompt: (share of them, earlier turns shown, other places)
@@ -122,7 +123,8 @@ def expert_examples(
             thought, command = expert.act(text, seen.admissible)
             if careless and rng.random() < careless:
                 thought, command = expert.hasty(text, seen.admissible) or (thought, command)
-            tag = reasoning_tag(command, last, failed, tried) if style.tags else "think"
+            achieved = last is None or last.split()[0] in ("take", "clean", "heat", "cool")
+            tag = reasoning_tag(command, achieved, failed, tried) if style.tags else "think"
             if tag == "planning" and not taken:
                 thought = f"{outline(expert.goal)} {thought}"
             listed = style.listed(seen.admissible, [command], rng)
@@ -144,15 +146,15 @@ def expert_examples(
                 break
 
 
-def reasoning_tag(command: str, last: str | None, failed: bool, tried: set[str]) -> str:
+def reasoning_tag(command: str, achieved: bool, failed: bool, tried: Collection[str]) -> str:
     """The kind of an expert's thought, for rlvmr: `reflection` after a command that failed, `planning` at the start and
-    when something was achieved, `explore` where it goes or looks for the first time, `monitor` on the rest of the way.
+    when something was `achieved`, `explore` where it goes or looks for the first time, `monitor` on the rest of the way.
     """
     if failed:
         return "reflection"
-    if last is None or last.split()[0] in ("take", "clean", "heat", "cool"):
+    if achieved:
         return "planning"
-    return "explore" if command.split()[0] in ("go", "open", "examine", "look") and command not in tried else "monitor"
+    return "explore" if command.split()[0] in EXPLORING and command not in tried else "monitor"
 
 
 def outline(goal: Goal) -> str:

@@ -588,8 +588,21 @@ def test_lessons_stray_where_it_does_no_harm_and_win(monkeypatch, tmp_path):
     examples = coldstart.science_lessons(check(settings), random.Random(0), words)
     actions = [prompts.parse_response(e.response)[0] for e in examples]
     assert len(actions) > 3 * len(BEAR_PATH) + 2 and set(actions) == set(BEAR_PATH)  # whatever was played, this is what an expert would do
-    for e, action in zip(examples, actions):  # a thought that names what is done
-        assert e.response.startswith(f"<think>{action}: ")
+    assert all(e.response.startswith("<think>find the animal with the longest life span. ") for e in examples)  # a thought that names the task
+
+
+@real
+def test_thoughts_of_gold_paths_name_their_kind_for_rlvmr(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(experts, "level_tasks", lambda level, protocol: [BEAR])
+    settings = {"env": {"name": "scienceworld"}, "algo": {"name": "rlvmr"}, "coldstart": {"trajectories": 1, "judgments": 2, "deviate": 0.0}}
+    examples = coldstart.science_lessons(check(settings), random.Random(0), words)
+    expert, judged = ([e for e in examples if e.kind == kind] for kind in ("expert", "judgment"))
+    tags = [prompts.parse_tagged(e.response) for e in expert]
+    assert [action for action, *_ in tags] == BEAR_PATH and not any(malformed for _, malformed, _ in tags)
+    assert tags[0][2] == "planning" and {tag for *_, tag in tags[1:]} >= {"explore", "planning"}  # the score rises on the way
+    assert all(prompts.TAG_INSTRUCTIONS["full"] in e.prompt for e in examples)
+    assert all(prompts.parse_tagged(e.prompt.split("===== The agent's answer\n")[1])[2] for e in judged)
 
 
 @real

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -252,7 +253,7 @@ class Lessons:
             for action in ([astray(seen, last, dice, harmless)] if dice.random() < stray else []) + [better]:
                 after = game.step(action)
                 progress.see(action, after)
-                yield Lesson(description, seen, action, after, thought(better if dice.random() < 0.5 else action), better)
+                yield Lesson(description, seen, action, after, thought(description, better if dice.random() < 0.5 else action), better)
                 seen, last = after, action
                 if seen.done:
                     return
@@ -293,6 +294,12 @@ _REASONS = {
 }
 
 
-def thought(action: str) -> str:
-    """A plain reason to go with an action; gold paths come without any."""
-    return f"{action}: {_REASONS.get(action.split()[0], 'to see what is here.')}"
+def thought(description: str, action: str) -> str:
+    """A plain reason to go with an action; gold paths come without any. It names the task first, so that what follows stands
+    next to it: a small model that began with the action did what some other task wanted (LOG.md).
+
+    >>> thought("Your task is to boil water. First, focus on the substance.", "wait")
+    'boil water. it takes time.'
+    """
+    goal = re.split(r"[.,]", description.removeprefix("Your task is to "))[0]
+    return f"{goal}. {_REASONS.get(action.split()[0], 'to see what is here.')}"
