@@ -33,7 +33,7 @@ from gcdlite.envs.alfworld.experts import Prior
 from gcdlite.envs.alfworld.games import IN_DOMAIN, OUT_OF_DOMAIN, find_games
 from gcdlite.envs.scienceworld.experts import Lesson, Lessons, thought
 from gcdlite.gcd.labels import verdict
-from gcdlite.lessons import NAME, Example, Style, copying, exercises, expert_examples, judgment_text, laps, make_prior, random_examples, reasoning_tag, reminders, swap_names
+from gcdlite.lessons import NAME, SUCCESS_RATES, Example, Style, copying, exercises, expert_examples, judgment_text, laps, make_prior, random_examples, reasoning_tag, reminders, swap_names
 from gcdlite.nano import build_model, build_tokenizer
 from gcdlite.policy import Policy, load_tokenizer, resolve
 from gcdlite.records import Task, UserError
@@ -212,8 +212,7 @@ def science_lessons(config: Config, dice: random.Random, count: Callable[[str], 
         response = prompts.answer(t.thought, t.action, tag(t, before))
         if style.variant == "value":
             return Example(asked, response, "value", value)
-        rate = dice.choice((10, 20, 30, 40, 50, 60, 70, 80, 90)) / 100
-        question = prompts.judge_prompt(style.prompt, asked, response, rate)
+        question = prompts.judge_prompt(style.prompt, asked, response, dice.choice(SUCCESS_RATES))
         return Example(question, judgment_text(t.thought, t.better, t.action, value), "judgment")
 
     wanted = 0 if cfg.variant == "vanilla" else cfg.judgments

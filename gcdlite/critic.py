@@ -24,7 +24,7 @@ from gcdlite.losses import clipped_value_loss
 from gcdlite.packing import Pack, hidden_states, longest
 from gcdlite.policy import Policy, by_sample, make_packs
 from gcdlite.records import Group, Sample
-from gcdlite.update import minibatches, warmed_up
+from gcdlite.update import make_schedule, minibatches
 
 ADAPTER = "critic"
 
@@ -44,7 +44,7 @@ class Critic:
         nn.init.zeros_(self.head.bias)
         policy.model.set_adapter("default")
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=config.algo.value_rate * config.update.lr, weight_decay=config.update.weight_decay)
-        self.schedule = warmed_up(self.optimizer, config.update.warmup)
+        self.schedule = make_schedule(self.optimizer, config)
 
     def parameters(self) -> list[nn.Parameter]:
         """The adapter's and the head's, in a fixed order."""

@@ -20,6 +20,7 @@ from gcdlite.gcd.labels import verdict
 from gcdlite.gcd.suggest import MISTAKES
 from gcdlite.records import Suggestion, Task
 
+SUCCESS_RATES = tuple(tenth / 10 for tenth in range(1, 10))  # that judgment prompts name
 EXPLORING = ("go", "teleport", "open", "examine", "look", "read")  # commands that show something
 LOOKS = 8  # questions to one prompt of nano's exercises
 MOST = 20  # highest number of a made-up thing: among a few, guessing would do
@@ -182,7 +183,7 @@ def judgment_example(game, seen, prompt, thought, command, thing, last, style: S
         return None
     if style.variant == "value":
         return Example(prompt, prompts.answer(why, action, tag), "value", value)
-    rate = rng.choice((10, 20, 30, 40, 50, 60, 70, 80, 90)) / 100
+    rate = rng.choice(SUCCESS_RATES)
     question = prompts.judge_prompt(style.prompt, prompt, prompts.answer(why, action, tag), rate)
     return Example(question, judgment_text(thought, command, action, value), "judgment")
 

@@ -26,22 +26,21 @@ STREAMS = ("policy", "judgment")
 
 
 def make_optimizer(policy: Policy, config: Config) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW over the adapter, and a learning rate that is constant after `update.warmup` optimizer steps, or with
-    `update.decay` falls linearly, to end with the run's last step."""
+    """AdamW over the adapter, and its learning rate."""
     cfg = config.update
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
-    streams = 2 if config.gcd.enabled and config.gcd.update == "separate" else 1
+    return optimizer, make_schedule(optimizer, config, 2 if config.gcd.enabled and config.gcd.update == "separate" else 1)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, config: Config, streams: int = 1) -> torch.optim.lr_scheduler.LRScheduler:
+    """A learning rate that rises linearly for `update.warmup` optimizer steps, and then is constant, or with `update.decay`
+    falls linearly, to be smallest, but not 0, at the run's last step. `streams`: optimizer steps to a minibatch."""
+    cfg = config.update
     total = config.iterations * cfg.epochs * cfg.minibatches * streams if cfg.decay else None
-    return optimizer, warmed_up(optimizer, cfg.warmup, total)
-
-
-def warmed_up(optimizer: torch.optim.Optimizer, steps: int, total: int | None = None) -> torch.optim.lr_scheduler.LRScheduler:
-    """A learning rate that rises linearly for `steps` optimizer steps, and then is constant, or falls linearly to the last
-    of `total` steps, which is the smallest that is not 0."""
 
     def factor(step: int) -> float:
-        rest = (total - step) / max(1, total - steps) if total else 1.0
-        return max(0.0, min(1.0, (step + 1) / (steps + 1), rest))
+        rest = (total - step) / max(1, total - cfg.warmup) if total else 1.0
+        return max(0.0, min(1.0, (step + 1) / (cfg.warmup + 1), rest))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 

@@ -101,6 +101,16 @@ def test_critic_and_policy_share_no_parameter_and_do_not_move_each_other(ppo_con
     assert all(torch.equal(p, q) for p, q in zip(saved, theirs)) and not all(torch.equal(p, q) for p, q in zip(before, mine))
 
 
+def test_its_rate_decays_with_the_policys(ppo_config):
+    ppo_config.steps, ppo_config.update.minibatches, ppo_config.update.epochs, ppo_config.update.decay = 2, 3, 1, True
+    critic = Critic(Policy(ppo_config), ppo_config)
+    rates = []
+    for _ in range(2):
+        critic.update(make_samples(random.Random(0)), random.Random(0))
+        rates.append(critic.optimizer.param_groups[0]["lr"])
+    assert 0 < rates[0] < critic.schedule.base_lrs[0] and rates[1] == 0  # after the last step
+
+
 def test_it_learns_what_the_turns_earn(ppo_config):
     policy = Policy(ppo_config)
     critic, task = Critic(policy, ppo_config), Task("t", "t", "t")
