@@ -276,9 +276,14 @@ def _about(head: str, slots: tuple[str, str], prompt: str, given: str) -> str:
     return f"{head}\n{slots[0]}\n{prompt}\n{slots[1]}\n{given}"
 
 
+def is_science(style: str, prompt: str) -> bool:
+    """Whether a turn's prompt is ScienceWorld's; else it is a household's."""
+    return prompt.startswith(SCIENCE[style])
+
+
 def _kind(style: str, prompt: str) -> str:
     """Which sort of tasks a turn's prompt is from."""
-    return "science" if prompt.startswith(SCIENCE[style]) else "household"
+    return "science" if is_science(style, prompt) else "household"
 
 
 def judgment(thought: str, verdict: int, better: str, advice: str) -> str:

@@ -125,7 +125,7 @@ class Note:
     """What one judgment with a right verdict leaves for the suggestions."""
 
     advice: str  # the judge's sentence; may be empty
-    mistake: str  # kind of mistake (`suggest.MISTAKES`) of a bad turn; "" for a good turn, or a mistake of no known kind
+    mistake: str  # kind of mistake (`suggest.MISTAKES`, `SCIENCE_MISTAKES`) of a bad turn; "" for a good turn, or a mistake of no known kind
     example: str  # what was done and what came of it
 
 

@@ -18,8 +18,8 @@ from gcdlite.runlog import read_lines
 from tests.test_train import adapter_of, numbers
 
 
-def a_turn(action, result="a mug", admissible=True, malformed=False, history=(), observation="a desk", style="brief"):
-    prompt = turn_prompt(style, "find it", len(history), history, observation, ["look", action])
+def a_turn(action, result="a mug", admissible=True, malformed=False, history=(), observation="a desk", style="brief", things=None):
+    prompt = turn_prompt(style, "find it", len(history), history, observation, ["look", action], objects=things)
     return Turn(observation, [], [1], [2], [-1.0], "r", action, malformed, admissible, result, bare_prompt=prompt)
 
 
@@ -46,12 +46,19 @@ def test_the_history_of_a_prompt_is_read_back(style):
         (a_turn("move mug 1 to desk 1"), "put down"),
         (a_turn("heat mug 1 with microwave 1"), "change"),
         (a_turn("inventory"), "look"),
+        (a_turn("use desklamp 1"), "use"),
         (a_turn("focus on door"), ""),
+        (a_turn("focus on door", things=["door"]), "focus"),
+        (a_turn("use thermometer on door", things=["door"]), "tool"),
+        (a_turn("pick up door", things=["door"]), "take"),
+        (a_turn("teleport to hallway", things=["door"]), "go"),
+        (a_turn("wait1", things=["door"]), "wait"),
+        (a_turn("2", things=[]), ""),  # the answer to a question of the simulator's
     ],
 )
 def test_kinds_of_mistakes(turn, kind):
     assert suggest.mistake(turn, "brief") == kind
-    assert kind in (*suggest.MISTAKES, "")
+    assert kind in (*suggest.MISTAKES, *suggest.SCIENCE_MISTAKES, "")
 
 
 def judged(turn, label, verdict, advice="search the shelf"):

@@ -41,9 +41,22 @@ MISTAKES = {
     "use": "use the lamp with the thing in hand.",
     "look": "do not look again, go on.",
 }
+# What ScienceWorld has in place of, or besides, a household's.
+SCIENCE_MISTAKES = {
+    "focus": "focus only on what the task names.",
+    "switch": "turn on only what the task needs.",
+    "mix": "mix only what the task needs.",
+    "connect": "connect only what leads to the task's end.",
+    "tool": "use a tool only on what the task asks about.",
+    "wait": "wait only when something takes time.",
+}
 _VERBS = {
     "move": "put down", "put": "put down", "clean": "change", "heat": "change", "cool": "change",
     "examine": "look", "inventory": "look",
+}  # fmt: skip
+_SCIENCE_VERBS = {
+    "move": "put down", "put": "put down", "drop": "put down", "pick": "take", "teleport": "go", "examine": "look", "inventory": "look", "task": "look",
+    "activate": "switch", "deactivate": "switch", "pour": "mix", "dunk": "mix", "disconnect": "connect", "use": "tool", "wait1": "wait",
 }  # fmt: skip
 
 
@@ -59,7 +72,7 @@ def notes_of(judgments: Sequence[Judgment], style: str) -> list[Note]:
 
 
 def mistake(turn: Turn, style: str) -> str:
-    """The kind of a bad turn, a key of MISTAKES; "" when none fits. What was done before is read off its prompt."""
+    """The kind of a bad turn, a key of MISTAKES or SCIENCE_MISTAKES; "" when none fits. What was done before is read off its prompt."""
     saw, did = prompts.shown_history(style, turn.bare_prompt)
     if turn.malformed:
         return "malformed"
@@ -70,6 +83,9 @@ def mistake(turn: Turn, style: str) -> str:
     if turn.result in (*saw, turn.observation):
         return "back again"
     verb = turn.action.split()[0] if turn.action else ""
+    if prompts.is_science(style, turn.bare_prompt):
+        verb = _SCIENCE_VERBS.get(verb, verb)
+        return verb if verb in {**MISTAKES, **SCIENCE_MISTAKES} else ""
     verb = _VERBS.get(verb, verb)
     return verb if verb in MISTAKES else ""
 
@@ -107,7 +123,8 @@ def renew(notes: Sequence[Note], old: Suggestion, iteration: int, config: Config
             if note.mistake:
                 by_kind.setdefault(note.mistake, Counter())[note.example] += 1
         kinds = sorted(by_kind, key=lambda kind: -by_kind[kind].total())
-        pairs = [(MISTAKES[kind], [example for example, _ in by_kind[kind].most_common(SHOWN)]) for kind in kinds]
+        rules = {**MISTAKES, **SCIENCE_MISTAKES}
+        pairs = [(rules[kind], [example for example, _ in by_kind[kind].most_common(SHOWN)]) for kind in kinds]
     else:
         largest = [theme[:SHOWN] for theme in themes([note.advice for note in notes])[: cfg.suggest_rules]]
         if cfg.suggest_by == "api":
