@@ -618,6 +618,23 @@ def test_every_analysis_leaves_tables_and_figures_and_resumes(name, more, files,
     assert "other settings (settings)" in capsys.readouterr().err
 
 
+def test_influence_from_the_command_line(games_root, tmp_path, monkeypatch, capsys):
+    """With the nano that ships, since an untrained model's answers hold no action."""
+    import run
+
+    words = ["--config", "nano", f"env.data={games_root}", "env.max_turns=3", "--games", "4", "--samples", "5", "--classes", "oracle", "--bootstrap", "10"]
+    call, folder = ["analyze", "influence", "--out", str(tmp_path / "out"), *words], tmp_path / "out"
+    assert run.main(call) == 0
+    maps, means = list(folder.glob("influence-*.csv")), (folder / "influence.csv").read_text()
+    rows = json.loads((folder / maps[0].with_suffix(".json").name).read_text())["rows"]
+    assert len(maps) == 1 and len(rows) == 25 and "<svg" in maps[0].with_suffix(".svg").read_text()
+    own = [r["delta_log_pi"] for r in rows if r["updated"] == r["observed"]]
+    assert len(own) == 5 and sum(own) > 0  # what is made likelier is likelier
+    monkeypatch.setattr(Policy, "generate", None)  # nothing may be asked again
+    monkeypatch.setattr(influence, "measure", None)
+    assert run.main(call) == 0 and (folder / "influence.csv").read_text() == means
+
+
 @pytest.mark.parametrize(
     ("call", "part"),
     [
