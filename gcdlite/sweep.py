@@ -434,7 +434,7 @@ def over(values: Iterable[float | None]) -> dict[str, Any] | None:
 
 # Columns of the table of behaviour: heading, key in summary.json, factor.
 BEHAVIOUR = (
-    ("score", "score", 1), ("repeated %", "repeated", 100), ("looped %", "looped", 100), ("malformed %", "malformed", 100),
+    ("repeated %", "repeated", 100), ("looped %", "looped", 100), ("malformed %", "malformed", 100),
     ("inadmissible %", "inadmissible", 100), ("tokens a turn", "response_tokens", 1), ("turns", "turns", 1),
 )  # fmt: skip
 
@@ -443,7 +443,7 @@ def table(recipe: Recipe, root: Path) -> list[dict[str, Any]]:
     """One row for each arm and level: success before and after, the change, the paired difference to another arm, behaviour.
 
     Each of these is {"mean", "half", "n"}, in shares, over the seeds that are finished, or None; of a single seed success
-    also has Wilson's interval over games, "low" and "high". Raises UserError when runs have other settings than the recipe.
+    also has Wilson's interval over games, "low" and "high". ScienceWorld's mean score stands under "score", in the same parts. Raises UserError when runs have other settings than the recipe.
     """
     runs = check(recipe, root)
     done: dict[str, dict[int, dict[str, Any]]] = {arm: {} for arm in recipe.arms}
@@ -468,7 +468,13 @@ def table(recipe: Recipe, root: Path) -> list[dict[str, Any]]:
             )
             starts = {seed: fresh.get(begins[arm, seed], {}) for seed in after} if config.iterations else {}
             before = {seed: levels[level] for seed, levels in starts.items() if level in levels}
-            pairs = [after[s]["success"] - other[s]["success"] for s in after if s in other]
+
+            def change(key: str) -> dict[str, Any] | None:
+                return over(after[s][key] - before[s][key] for s in after if before.get(s, {}).get(key) is not None)
+
+            def difference(key: str) -> dict[str, Any] | None:
+                return None if partner == arm else over(after[s][key] - other[s][key] for s in after if other.get(s, {}).get(key) is not None)
+
             rows.append(
                 {
                     "arm": arm,
@@ -481,9 +487,15 @@ def table(recipe: Recipe, root: Path) -> list[dict[str, Any]]:
                     "paper": recipe.paper.get(arm, {}).get(level),
                     "before": success(list(before.values())[: None if config.eval.temperature else 1]),  # greedily it is one and the same
                     "after": success(list(after.values())),
-                    "change": over(after[s]["success"] - before[s]["success"] for s in after if s in before),
+                    "change": change("success"),
                     "against": None if partner == arm else partner,
-                    "difference": None if partner == arm else over(pairs),
+                    "difference": difference("success"),
+                    "score": {
+                        "before": over(b.get("score") for b in before.values()),
+                        "after": over(a.get("score") for a in after.values()),
+                        "change": change("score"),
+                        "difference": difference("score"),
+                    },
                     "judge": over(a.get("judge") for a in after.values()),
                     **{key: over(a.get(key) for a in after.values()) for _, key, _ in BEHAVIOUR},
                     "iterations": config.iterations,
@@ -546,10 +558,15 @@ def markdown(recipe: Recipe, rows: Sequence[dict[str, Any]], note: str = "") -> 
 
     finished = [row for row in rows if row["after"] is not None]
     if finished:
-        shown = [part for part in BEHAVIOUR if any(row[part[1]] for row in finished)]  # only ScienceWorld has a score
-        lines += head("arm", "level", *(name for name, _, _ in shown))
+        if any(row["score"]["after"] for row in finished):
+            lines += head("arm", "level", "score before", "after", "change", "difference")
+            for row in finished:
+                score, partner = row["score"], f" (to {row['against']})" if row["score"]["difference"] else ""
+                cells = [cell(score["before"], 1), cell(score["after"], 1), cell(score["change"], 1, "+"), cell(score["difference"], 1, "+") + partner]
+                lines.append(f"| {' | '.join([label(row), row['level'], *cells])} |")
+        lines += head("arm", "level", *(name for name, _, _ in BEHAVIOUR))
         for row in finished:
-            cells = [label(row), row["level"], *(cell(row[key], factor) for _, key, factor in shown)]
+            cells = [label(row), row["level"], *(cell(row[key], factor) for _, key, factor in BEHAVIOUR)]
             lines.append(f"| {' | '.join(cells)} |")
         lines += head("arm", "seeds", "iterations", "threads", "min of training", "difference in time %")
         for row in {row["arm"]: row for row in finished}.values():
@@ -597,7 +614,9 @@ def _caption(recipe: Recipe, rows: Sequence[dict[str, Any]], note: str) -> list[
         said.append("Training paid the score, not success (ours; the papers pay success only).")
     if "reflection" in algorithms:
         said.append("reflection is our reading: the paper does not define it.")
-    if config.model.name == "nano":
+    if config.env.name == "scienceworld":
+        said.append("Score: the mean over episodes, of 100; a failure's is 0.")
+    if config.model.name.startswith("nano"):
         said.append("nano says nothing about larger models; its shipped weights have seen judgments in their cold start.")
     if any(row["after"] and row["iterations"] for row in rows):
         said.append("Minutes depend on what else the machine did: compare those of one sweep only.")

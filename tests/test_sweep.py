@@ -34,14 +34,16 @@ def recipe(tmp_path):
     return written(tmp_path, seeds=[0, 1, 2])
 
 
-def finish(recipe, root, name, after, before=None, minutes=1.0, judge=0.75):
-    """What a finished run leaves behind: success 0 to 1 on 10 games of L0."""
+def finish(recipe, root, name, after, before=None, minutes=1.0, judge=0.75, score=None, score_before=None):
+    """What a finished run leaves behind: success 0 to 1 on 10 games of L0, and ScienceWorld's score."""
     run = next(r for r in sweep.plan(recipe, root) if r.folder.name == name)
     run.folder.mkdir(parents=True)
     dump(run.config, run.folder / "config.yaml")
     part = {"n": 10, "judge": judge, "low": 0.1, "high": 0.9}
     part |= {"repeated": 0.25, "looped": 0.125, "malformed": 0.0, "response_tokens": 12.5}
-    level = {"after": part | {"success": after}} | ({} if before is None else {"before": part | {"success": before}})
+    level = {"after": part | {"success": after, "score": score}}
+    if before is not None:
+        level["before"] = part | {"success": before, "score": score_before}
     about = {"levels": {"L0": level}, "training_seconds": 60 * minutes, "steps": run.config.iterations, "threads": 2}
     (run.folder / "summary.json").write_text(json.dumps(about))
 
@@ -97,7 +99,7 @@ def test_what_is_compared_on_nano_has_three_paired_seeds(wanted):
 def test_the_papers_settings_are_in_the_qwen_recipes():
     for path in SHIPPED:
         recipe, runs = shipped(path)
-        for run in runs if recipe.config != "nano" else []:
+        for run in runs if recipe.config.startswith("qwen") else []:
             config = run.config
             assert (config.rollout.groups, config.rollout.group_size, config.env.max_turns) == (16, 8, 30)
             assert (config.gcd.turns, config.gcd.group_size, config.gcd.suggest_every, config.reward.inadmissible) == (30, 8, 10, 0)
@@ -432,7 +434,7 @@ def test_the_text_names_labellers_seeds_and_what_was_not_run(tmp_path):
     text = sweep.markdown(recipe, sweep.table(recipe, tmp_path), "generated games")
     lines = {line.split(" | ")[0] + " | " + line.split(" | ")[1]: line for line in text.splitlines() if line.startswith("| ")}
     assert lines["| a | L0"].startswith("| a | L0 | 25.0 ± 0.0 | 12.5")  # the last table of behaviour
-    assert " score " not in text
+    assert "score before" not in text
     first = text.split("\n\n| arm | level | repeated %")[0]
     assert "| a | L0 | 82.7 | – | 50.0 ± 0.0 | – | – | 75.0 | 10 |" in first
     assert "| rules (rules labels) | L0 |  | – | 50.0 ± 0.0 | – | +0.0 ± 0.0 (to a) | 75.0 ± 0.0 | 10 |" in first
@@ -445,6 +447,19 @@ def test_the_text_names_labellers_seeds_and_what_was_not_run(tmp_path):
     assert len(widths) == 1
 
 
+def test_scienceworlds_score_has_a_table_of_its_own(tmp_path):
+    recipe = written(tmp_path, arms={"a": {}, "b": {}}, seeds=[0, 1], settings={"env.name": "scienceworld"})
+    for seed, before in ((0, 10), (1, 20)):
+        finish(recipe, tmp_path, f"a-s{seed}", 0.1, before=0.1, score=before + 5.0, score_before=float(before))
+    finish(recipe, tmp_path, "b-s1", 0.1, score=31.0)
+    rows = rows_of(recipe, tmp_path)
+    assert rows["a"]["score"]["change"] == {"mean": 5, "half": 0, "n": 2} and rows["a"]["score"]["difference"] is None
+    assert rows["b"]["score"]["difference"]["mean"] == 6 and rows["b"]["score"]["change"]["mean"] == 11
+    text = sweep.markdown(recipe, sweep.table(recipe, tmp_path))
+    assert "| arm | level | score before | after | change | difference |" in text
+    assert "| b (1 of 2 seeds) | L0 | 20.0 | 31.0 | +11.0 | +6.0 (to a) |" in text
+
+
 def test_nothing_run_is_a_table_too(recipe, tmp_path):
     text = sweep.write(recipe, tmp_path)
     assert text.count("not run") == 6 and "tokens a turn" not in text
@@ -454,7 +469,7 @@ def test_nothing_run_is_a_table_too(recipe, tmp_path):
 def test_a_real_summary_has_what_the_tables_read(small_config, tmp_path):
     small_config.steps, small_config.gcd.enabled = 1, False
     level = loop.train(small_config, tmp_path / "run")["levels"]["L0"]["after"]
-    assert {key for _, key, _ in sweep.BEHAVIOUR} | {"success", "low", "high", "n", "judge"} <= level.keys()
-    assert {key for _, key, _ in sweep.BEHAVIOUR if level[key] is None} == {"score"}  # which ALFWorld has not, and no table shows then
+    assert {key for _, key, _ in sweep.BEHAVIOUR} | {"success", "low", "high", "n", "judge", "score"} <= level.keys()
+    assert level["score"] is None  # which ALFWorld has not, and no table shows then
     with envs.closing(envs.make(small_config)) as pool:
         assert isinstance(pool.note, str)
