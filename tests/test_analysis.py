@@ -579,7 +579,7 @@ def test_options_are_checked_all_at_once():
 def words(games_root, small_model, small_config):
     return [
         "--config", "nano", "--model", str(small_model), f"env.data={games_root}", "env.max_turns=3", "lora.r=4", "rollout.groups=2",
-        "rollout.group_size=2", "rollout.max_new_tokens=6", "gcd.max_new_tokens=4", "gcd.labeller=oracle", "gcd.group_size=2",
+        "rollout.rows=0", "rollout.group_size=2", "rollout.max_new_tokens=6", "gcd.max_new_tokens=4", "gcd.labeller=oracle", "gcd.group_size=2",
         "--games", "4", "--bootstrap", "10",
     ]  # fmt: skip
 

@@ -112,8 +112,8 @@ def episodes_of(
         rng = torch.Generator().manual_seed(config.seed)
         played: list[Episode] = []
         with output.progress(f"iteration {stage.iteration}: playing {name}", len(tasks)) as step:
-            for start in range(0, len(tasks), config.rollout.rows):
-                some = tasks[start : start + config.rollout.rows]
+            for start in range(0, len(tasks), policy.rows):
+                some = tasks[start : start + policy.rows]
                 played += play(policy, pool, some, config, rng, config.rollout.temperature if temperature is None else temperature)
                 for _ in some:
                     step()
@@ -164,8 +164,8 @@ def answers(policy: Policy, name: str, options: Options, config: Config, output:
         rng = torch.Generator().manual_seed(config.seed)
         found = []
         with output.progress(f"iteration {stage.iteration}: answering {name}", len(chosen)) as step:
-            for start in range(0, len(chosen), config.rollout.rows):
-                some = chosen[start : start + config.rollout.rows]
+            for start in range(0, len(chosen), policy.rows):
+                some = chosen[start : start + policy.rows]
                 ids = [policy.encode(prompts.question_prompt(config.model.prompt, q.problem)) for _, q in some]
                 done = policy.generate(ids, max_new_tokens=config.rollout.max_new_tokens, temperature=config.rollout.temperature, rng=rng)
                 for k, ((domain, question), prompt, answer) in enumerate(zip(some, ids, done)):

@@ -11,6 +11,7 @@ from gcdlite.analysis import Options, gather
 from gcdlite.analysis.gradients import check_parameters
 from gcdlite.analysis.output import open_output
 from gcdlite.config import Config
+from gcdlite.plan import fit
 from gcdlite.policy import Policy, resolve
 
 
@@ -37,4 +38,5 @@ def run(name: str, options: Options, config: Config, folder: Path) -> list[dict[
 
 def _with(pool, analysis, stages, options, config, output) -> list[dict[str, Any]]:
     policy = Policy(config, adapter=stages[0].adapter)
+    fit(policy)
     return analysis.run(policy, pool, stages, options, config, output) or []
