@@ -456,7 +456,8 @@ def chosen(args: argparse.Namespace, faults: list[str]) -> tuple[Path, Config, s
 
         cuda = torch.cuda.is_available()
         own = config.model.name != Config().model.name
-        file = shipped["qwen2.5-1.5b" if cuda else "smollm2" if own else "nano"]
+        small = "nano-scienceworld" if config.env.name == "scienceworld" else "nano"
+        file = shipped["qwen2.5-1.5b" if cuda else "smollm2" if own else small]
         why = f"the default {'for a model of your own ' if own else ''}{'with' if cuda else 'without'} a CUDA GPU; --config takes another"
         config = load(file, args.settings, flags)
     absolute(config)

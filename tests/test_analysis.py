@@ -15,6 +15,7 @@ from gcdlite.analysis.gather import Specimen, Stage
 from gcdlite.analysis.gradients import Head, Trained, collect, sketch, space
 from gcdlite.analysis.output import Output
 from gcdlite.backbone import plain
+from gcdlite.config import check
 from gcdlite.envs import qa
 from gcdlite.policy import Policy
 from gcdlite.records import Episode, Sample, Task, Turn, UserError
@@ -254,6 +255,17 @@ def test_task_conflict_uses_the_gradient_of_a_fitted_value_head(policy, small_co
         assert max(g.abs().max() for g in found) > 1e-4
 
 
+class Kept:
+    """A function that remembers its last result."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, *args, **words):
+        self.last = self.function(*args, **words)
+        return self.last
+
+
 def test_conflict_compares_advantage_weighted_gradients(policy, small_config, tmp_path):
     from gcdlite.records import LabelledTurn
 
@@ -274,6 +286,29 @@ def test_conflict_compares_advantage_weighted_gradients(policy, small_config, tm
         ]
     assert rows[0]["cosine"] == pytest.approx(torch.cosine_similarity(*sums, dim=0).item(), abs=1e-4)
     assert [(r["n_policy"], r["n_other"]) for r in rows] == [(4, 4), (4, 4)] and rows[1]["cosine"] != rows[0]["cosine"]
+
+
+def test_conflict_takes_the_algorithms_own_advantages(policy, small_config, monkeypatch):
+    from gcdlite import envs
+    from gcdlite.train import policy_samples
+
+    monkeypatch.setattr(conflict.judging, "judge", lambda *_, **__: [])
+    monkeypatch.setattr(conflict, "play_groups", keep := Kept(conflict.play_groups))
+    for algo in ({"name": "gigpo", "step_norm": "mean", "gamma": 0.5}, {"name": "rloo"}):
+        config = check(small_config.model_dump() | {"algo": algo})
+        with envs.closing(envs.make(config)) as pool:
+            samples, _ = conflict.material(policy, pool, Options(samples=1000), config, "oracle")
+        wanted = [s for s in policy_samples(keep.last[0], config) if any(s.advantages)]
+        assert samples == wanted and samples
+
+
+@pytest.mark.parametrize(
+    ("algo", "classes", "part"), [("nthr", "episodes", "algo.name=grpo"), ("vanilla", "episodes", "algo.name=grpo"), ("grpo", "rules+self", "does not ask self")]
+)
+def test_conflict_refuses_what_has_to_ask(algo, classes, part, policy, small_config, tmp_path):
+    small_config.algo.name, small_config.gcd.labeller = algo, "rules"
+    with pytest.raises(UserError, match=part):
+        conflict.run(policy, None, [Stage(0, None)], Options(classes=classes), small_config, output(tmp_path))
 
 
 # --- questions
@@ -590,6 +625,7 @@ def words(games_root, small_model, small_config):
         ("similarity", ["--samples", "3", "--sets", "env,gsm8k", "--classes", "oracle"], ["similarity"]),
         ("similarity", ["--samples", "2", "--inputs"], ["inputs"]),
         ("similarity", ["--samples", "2", "--conflict", "--parameters", "layers:1"], ["conflict"]),
+        ("similarity", ["--samples", "2", "--conflict", "--parameters", "layers:1", "--classes", "oracle", "algo.name=gigpo"], ["conflict"]),
         ("hidden", ["--samples", "4"], ["hidden"]),
         ("behaviour", ["--turns", "2", "--resamples", "2"], ["behaviour", "success"]),
         ("judgment", ["--samples", "2", "--levels", "L0,L2"], ["judgment"]),

@@ -56,6 +56,28 @@ def test_help_and_faults_do_not_wait_for_torch():
     assert done.returncode == 2 and "did you mean '--model'?" in done.stderr and "got 0" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "cuda", "file"),
+    [
+        ([], False, "nano.yaml"),
+        (["--env", "scienceworld"], False, "nano-scienceworld.yaml"),
+        (["env.name=scienceworld"], False, "nano-scienceworld.yaml"),
+        (["--env", "scienceworld"], True, "qwen2.5-1.5b.yaml"),
+        (["--env", "scienceworld", "--model", "hub/model"], False, "smollm2.yaml"),
+        (["--env", "scienceworld", "--model", "nano"], False, "nano.yaml"),
+        (["--env", "scienceworld", "--config", "smollm2"], True, "smollm2.yaml"),
+    ],
+)
+def test_the_default_config_fits_machine_and_environment(words, cuda, file, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    args, faults = run.parse(["train", *words])
+    _, config, why = run.chosen(args, faults)
+    assert why.startswith(file + ", ")
+    assert config.model.name == words[3] if "--model" in words else config.model.name == load(run.CONFIG_DIR / file).model.name
+
+
 def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit) as ended:
         run.main(["--help"])

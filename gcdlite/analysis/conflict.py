@@ -19,15 +19,17 @@ from gcdlite.analysis.gather import Stage
 from gcdlite.analysis.gradients import Gradient, Trained, collect, space, states
 from gcdlite.analysis.output import Output
 from gcdlite.analysis.similarity import DRAWS, average, compare
-from gcdlite.config import Config
+from gcdlite.config import ALGO_FIELDS, Config
 from gcdlite.envs.base import Pool
 from gcdlite.gcd import judge as judging
 from gcdlite.gcd.labels import label
+from gcdlite.gcd.votes import voters
 from gcdlite.packing import logprobs
 from gcdlite.policy import Policy, make_packs
 from gcdlite.records import LabelledTurn, Sample, UserError
 from gcdlite.rollout import collect as play_groups
 
+ALGORITHMS = ("grpo", "rloo", "gigpo", "rlvmr")
 NAMES = {"judgment": "generative judgment", "value": "value-head classifier"}
 
 
@@ -38,11 +40,16 @@ def check(options: Options) -> None:
 
 
 def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, config: Config, output: Output) -> None:
-    """Table and figure of both cosines at every stage."""
+    """Table and figure of both cosines at every stage. Raises UserError for an algorithm or a labeller that has to ask a model."""
+    labeller = config.gcd.labeller if options.classes == "episodes" else options.classes
+    if asked := voters(labeller):
+        raise UserError(f"--conflict does not ask {asked[0]} for labels: give --classes rules, or oracle")
+    if config.algo.name not in ALGORITHMS:
+        raise UserError(f"--conflict takes the advantages of {', '.join(ALGORITHMS)}, which need rewards only: give algo.name=grpo, or another of them")
     rows = []
     for stage in stages:
         gather.enter(policy, stage)
-        samples, judged = output.part(f"conflict-{stage.key}-samples", lambda: material(policy, pool, options, config))
+        samples, judged = output.part(f"conflict-{stage.key}-samples", lambda: material(policy, pool, options, config, labeller))
         measured = output.part(
             f"conflict-{stage.key}",
             lambda: measure(policy, samples, judged, options, config, output, f"iteration {stage.iteration}: gradients"),
@@ -51,24 +58,25 @@ def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, c
     note = (
         f"Cosine of the gradient of sum A log pi over turns ({config.algo.name} advantages) with the gradient of another objective, with respect to "
         f"{options.parameters}{f' (mean of {DRAWS} random projections)' if options.parameters == 'adapter' else ''}. Value head: logistic regression on the "
-        f"state that has read the response, fitted first. Labels: {config.gcd.labeller}. Low, high: ±1.96 bootstrap standard errors over episodes or "
+        f"state that has read the response, fitted first. Labels: {labeller}. Low, high: ±1.96 bootstrap standard errors over episodes or "
         "judged turns; ceiling: what perfect agreement would give at these sample sizes."
     )
     output.table("conflict", "Task conflict (old paper, Fig. 10b)", rows, note)
     draw_figure(rows, note, output)
 
 
-def material(policy: Policy, pool: Pool, options: Options, config: Config) -> tuple[list[Sample], list[tuple[LabelledTurn, list[Sample]]]]:
+def material(policy: Policy, pool: Pool, options: Options, config: Config, labeller: str) -> tuple[list[Sample], list[tuple[LabelledTurn, list[Sample]]]]:
     """(at most 2 * samples policy samples, judged turns with their judgment samples) of training games drawn by seed."""
     rng = torch.Generator().manual_seed(config.seed)
     dice = random.Random(config.seed)
     tasks = pool.tasks("train")
     groups, metrics = play_groups(policy, pool, dice.sample(tasks, min(config.rollout.groups, len(tasks))), config, rng)
-    cost = config.reward.success * config.reward.malformed, config.reward.success * config.reward.inadmissible
-    rows = [advantages.ALGORITHMS[config.algo.name](g, *cost, config.algo.norm_over) for g in groups]
+    name, cost = config.algo.name, (config.reward.success * config.reward.malformed, config.reward.success * config.reward.inadmissible)
+    fields = {field: getattr(config.algo, field) for field in ALGO_FIELDS[name]}
+    rows = [advantages.ALGORITHMS[name](g, *cost, **fields) for g in groups]
     samples = [s for s in advantages.policy_samples(groups, rows) if any(s.advantages)]
     samples = [samples[i] for i in sorted(dice.sample(range(len(samples)), min(2 * options.samples, len(samples))))]
-    labelled = label(advantages.all_episodes(groups), config.gcd.labeller, config.gcd.uninformative)
+    labelled = label(advantages.all_episodes(groups), labeller, config.gcd.uninformative)
     targets = judging.select(labelled, [], 2 * options.samples, dice)
     size = config.gcd.group_size
     judgments = judging.judge(
