@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from gcdlite import checkpoint
+from gcdlite import checkpoint, prompts
 from gcdlite import train as loop
 from gcdlite.analysis import Options, behaviour, conflict, gather, gradients, hidden, influence, judgment, options, similarity
 from gcdlite.analysis.gather import Specimen, Stage
@@ -451,11 +451,21 @@ def test_cost_is_linear_in_the_samples(policy, small_config, tmp_path, monkeypat
     assert cost(12) == 2 * cost(6)
 
 
-def test_parts_of_an_answer(policy):
-    ids = policy.tokenizer("<think>go to it</think><action>take mug 1</action>", add_special_tokens=False)["input_ids"]
+@pytest.mark.parametrize(
+    ("answer", "think", "action"),
+    [
+        ("<think>go to it</think><action>take mug 1</action>", "go to it", "take mug 1"),
+        ("<planning>go to it</planning><action>take mug 1</action>", "go to it", "take mug 1"),  # rlvmr's
+        ("<think>go</think><action>look</action><action>take mug 1</action>", "go", "look"),  # the first is played
+        ("<think>go <action>look</action></think>", "go <action></action>", "look"),
+    ],
+)
+def test_parts_of_an_answer(answer, think, action, policy):
+    ids = policy.tokenizer(answer, add_special_tokens=False)["input_ids"]
     pieces, parts = gather.token_parts(policy, ids)
     text = {name: "".join(p for p, q in zip(pieces, parts) if q == name).strip() for name in ("think", "action", "format")}
-    assert text == {"think": "go to it", "action": "take mug 1", "format": "<think></think><action></action>"}
+    assert (text["think"], text["action"]) == (think, action) and sum(map(len, pieces)) == len(answer)
+    assert action == prompts.parse_response(answer)[0]
 
 
 # --- influence

@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -250,19 +251,21 @@ def bootstrap_mean(
     return x.mean().item(), low, high
 
 
-_CONTENT = re.compile(r"<(think|action)>(.*?)</\1>", re.DOTALL)
+_THOUGHT = re.compile(rf"<(think|{'|'.join(prompts.TAGS)})>(.*?)</\1>", re.DOTALL)
+_ACTION = re.compile(r"<(action)>(.*?)</action>", re.DOTALL)
 
 
 def token_parts(policy: Policy, ids: Sequence[int]) -> tuple[list[str], list[str]]:
     """(the text of each token, where it stands: `think`, `action`, or `format` for tags and all else).
 
-    A token belongs to where its first character that is not a space stands.
+    A token belongs to where its first character that is not a space stands. The action is the one that is played: the first.
     """
     pieces = [policy.tokenizer.decode([i]) for i in ids]
     text = "".join(pieces)
     where = ["format"] * len(text)
-    for match in _CONTENT.finditer(text):
-        where[match.start(2) : match.end(2)] = [match[1]] * (match.end(2) - match.start(2))
+    for name, matches in (("think", _THOUGHT.finditer(text)), ("action", islice(_ACTION.finditer(text), 1))):
+        for match in matches:
+            where[match.start(2) : match.end(2)] = [name] * (match.end(2) - match.start(2))
     parts, start = [], 0
     for piece in pieces:
         first = start + len(piece) - len(piece.lstrip())
