@@ -170,6 +170,13 @@ class Policy:
         """Tell that the weights moved: what was computed with the old ones is forgotten."""
         self.heads.clear()
 
+    def take_adapter(self, folder: Path) -> None:
+        """Go on with a saved adapter's weights, and its value head's. Raises UserError when they are missing, damaged, or another model's."""
+        load_adapter_weights(self.model, folder)
+        if self.value_head:
+            self.value_head.load_state_dict(_value_head(self.model, self.config, folder).state_dict())
+        self.changed()
+
     def save_adapter(self, folder: Path) -> None:
         """Write the trained adapter so that `PeftModel.from_pretrained(base, folder)` loads it, and the value head."""
         self.model.save_pretrained(folder, selected_adapters=["default"])

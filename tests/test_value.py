@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from gcdlite import envs
 from gcdlite import train as loop
-from gcdlite.analysis import gather
+from gcdlite.analysis import Options, gather, judgment
 from gcdlite.evaluate import evaluate
 from gcdlite.gcd import value
 from gcdlite.gcd.judge import accuracy
@@ -156,3 +156,17 @@ def test_a_run_with_a_value_head_is_never_called_gcd():
     assert method_name("grpo", "rules", None, "value") == "grpo + value head (rules labels)"
     assert method_name("grpo", "oracle", None, "value") == "grpo + value head on oracle labels (upper bound)"
     assert method_name("grpo", None, None, "value") == "grpo"
+
+
+def test_an_analysis_asks_the_head_of_the_stage_it_looks_at(head_config, tmp_path, monkeypatch):
+    trained, policy = Policy(head_config), Policy(head_config)
+    torch.nn.init.normal_(trained.value_head.weight)
+    trained.save_adapter(tmp_path / "adapter")
+    gather.enter(policy, gather.Stage(3, tmp_path / "adapter"))
+    assert torch.equal(policy.value_head.weight, trained.value_head.weight)
+    targets = targets_of(random.Random(0), 12)
+    monkeypatch.setattr(judgment, "label", lambda episodes, name, uninformative: targets)
+    monkeypatch.setattr(judgment.judging, "judge", None)  # nothing is asked in words
+    rows = judgment.measure(policy, [], Options(samples=12), head_config)
+    said = accuracy(value.classify(trained, targets))
+    assert rows[2]["n"] == 12 and rows[2]["accuracy"] == pytest.approx(said["balanced_accuracy"])

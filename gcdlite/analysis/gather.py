@@ -24,7 +24,7 @@ from gcdlite.envs import qa
 from gcdlite.envs.alfworld.games import stratified
 from gcdlite.envs.base import Pool
 from gcdlite.gcd.labels import LABELLERS, label
-from gcdlite.policy import Policy, load_adapter_weights
+from gcdlite.policy import Policy
 from gcdlite.records import Episode, Sample, UserError
 from gcdlite.rollout import play, sound
 from gcdlite.runlog import read_lines
@@ -84,8 +84,7 @@ def stages(run: Path | None, at: str) -> list[Stage]:
 def enter(policy: Policy, stage: Stage) -> None:
     """Give the policy the stage's adapter."""
     if stage.adapter is not None:
-        load_adapter_weights(policy.model, stage.adapter)
-        policy.changed()
+        policy.take_adapter(stage.adapter)
 
 
 def two_levels(levels: str) -> dict[str, str]:

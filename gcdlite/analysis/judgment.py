@@ -20,6 +20,7 @@ from gcdlite.config import Config
 from gcdlite.envs.base import Pool
 from gcdlite.evaluate import wilson
 from gcdlite.gcd import judge as judging
+from gcdlite.gcd import value as value_head
 from gcdlite.gcd.labels import label
 from gcdlite.policy import Policy
 from gcdlite.records import Episode, UserError
@@ -69,14 +70,17 @@ def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, c
 
 
 def measure(policy: Policy, episodes: Sequence[Episode], options: Options, config: Config) -> list[dict[str, Any]]:
-    """Rows good, bad and balanced of one level."""
+    """Rows good, bad and balanced of one level: what the policy's value head says of the turns, or without one what it writes."""
     labelled = label(episodes, options.classes, config.gcd.uninformative)
     targets = judging.select(labelled, [], 2 * options.samples, random.Random(config.seed))
     won = sum(e.won for e in episodes) / max(1, len(episodes))
-    judgments = judging.judge(
-        policy, targets, group_size=1, success_rate=won, style=config.model.prompt, max_new_tokens=config.gcd.max_new_tokens,
-        temperature=0.0, rng=torch.Generator().manual_seed(config.seed),
-    )  # fmt: skip
+    if policy.value_head:
+        judgments = value_head.classify(policy, targets)
+    else:
+        judgments = judging.judge(
+            policy, targets, group_size=1, success_rate=won, style=config.model.prompt, max_new_tokens=config.gcd.max_new_tokens,
+            temperature=0.0, rng=torch.Generator().manual_seed(config.seed),
+        )  # fmt: skip
     rules = {id(t.turn): t.label for t in label(episodes, "rules", config.gcd.uninformative)}
     verdicts = [(j.target.label, j.verdict) for j in judgments]
     return table_rows(verdicts, [(t.label, rules[id(t.turn)]) for t in targets if id(t.turn) in rules])
