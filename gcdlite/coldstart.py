@@ -13,7 +13,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -31,14 +31,15 @@ from gcdlite.envs.alfworld import generated_root
 from gcdlite.envs.alfworld.engine import Game
 from gcdlite.envs.alfworld.experts import Prior
 from gcdlite.envs.alfworld.games import IN_DOMAIN, OUT_OF_DOMAIN, find_games
-from gcdlite.envs.scienceworld.experts import Lesson, Lessons, thought
+from gcdlite.envs.scienceworld.experts import ROOMS, Lesson, Lessons, astray, goal, thought
 from gcdlite.gcd.labels import verdict
-from gcdlite.lessons import NAME, SUCCESS_RATES, Example, Style, copying, exercises, expert_examples, judgment_text, laps, make_prior, random_examples, reasoning_tag, reminders, swap_names
+from gcdlite.lessons import NAME, SUCCESS_RATES, Example, Style, copying, exercises, expert_examples, judgment_text, laps, make_prior, orders, random_examples, reasoning_tag, reminders, swap_names, swap_things
 from gcdlite.nano import build_model, build_tokenizer
 from gcdlite.policy import Policy, load_tokenizer, resolve
 from gcdlite.records import Task, UserError
 
 MADE = "made.json"  # how weights were made, in their folder
+ORDERS = 4  # commands at a time that ScienceWorld's random play obeys
 SHORT_LIST = 6  # commands listed in nano's first lessons
 WARMUP = 20  # optimizer steps, of an adapter's cold start; in short ones a quarter of it, or they would end before the full rate
 
@@ -142,14 +143,44 @@ def _renamed(lesson: Example, prior: Prior, dice: random.Random) -> Example:
 
 
 def _science_material(config: Config, dice: random.Random) -> Material:
-    """Lists of things to copy, random play in training variations of all thirty task types, then gold paths of those that
-    are trained on."""
+    """Lists to copy from, orders to copy, random play in training variations of all thirty task types, then gold paths of those
+    that are trained on. What things are called is mostly exchanged: who is to find them must read."""
     cfg, phases = config.coldstart, []
     if not cfg.start:
-        names: set[str] = set()  # of things in sight
-        play = science_random_examples(config, dice, cfg.base_turns, lambda text: len(re.findall(r"\w+|[^\w\s]", text)), names)
-        phases = [copying(sorted(names), cfg.lists, dice), play]
-    return Material(phases, [e for part in phases for e in part[:8000]], lambda count: science_lessons(config, dice, count))
+        seen: set[str] = set()
+        play = science_random_examples(config, dice, cfg.base_turns, lambda text: len(re.findall(r"\w+|[^\w\s]", text)), seen)
+        names = _plain_names(seen)
+        drill = orders(_commands(play), names, cfg.exercises, dice)
+        phases = [copying(sorted(seen), cfg.lists, dice), drill, [swap_things(e, names, dice) if dice.random() < 0.75 else e for e in play]]
+
+    def retold(lesson: Example, names: Sequence[str]) -> Example:
+        """With another thing in the task: what else there is keeps its name, since what it is good for is worth knowing."""
+        task = lesson.prompt.partition(prompts.SLOTS[config.model.prompt]["task"])[2].partition("\n")[0]
+        return swap_things(lesson, names, dice, within=task)
+
+    def lessons(count: Callable[[str], int]) -> list[Example]:
+        seen: set[str] = set()
+        examples = science_lessons(config, dice, count, seen)
+        names = _plain_names(seen)
+        drill = orders(_commands(examples), names, cfg.reminders, dice)
+        return [retold(e, names) if e.kind == "expert" and dice.random() < 0.5 else e for e in examples] + drill
+
+    return Material(phases, [e for part in phases for e in part[:8000]], lessons)
+
+
+def _plain_names(things: Iterable[str]) -> list[str]:
+    """Of what ScienceWorld calls things in sight the simple names, which can be exchanged; rooms keep theirs, since where
+    things are is worth knowing.
+
+    >>> _plain_names(["metal pot", "cup containing red paint", "door to hallway", "kitchen", "anode in battery"])
+    ['metal pot']
+    """
+    return sorted(name for name in things if name not in ROOMS and not re.search(r"\d|[^a-z ]|\b(in|on|to|of|containing|door|anode|cathode|terminal)\b", name))
+
+
+def _commands(examples: Iterable[Example]) -> list[str]:
+    """The different commands in the examples' answers."""
+    return sorted({command for e in examples for command in re.findall(r"<action>(.*?)</action>", e.response)})
 
 
 def _made(config: Config, started: float) -> dict[str, Any]:
@@ -183,10 +214,10 @@ def _alfworld_lessons(config: Config, dice: random.Random) -> list[Example]:
     return _expert_lessons(config, tasks, make_prior(tasks, 500, dice), dice)
 
 
-def science_lessons(config: Config, dice: random.Random, count: Callable[[str], int]) -> list[Example]:
+def science_lessons(config: Config, dice: random.Random, count: Callable[[str], int], names: set[str] | None = None) -> list[Example]:
     """`trajectories` gold paths of ScienceWorld's training fold that win within the turns, and judgments (or what the
     variant has in their place) on such play with random commands in between, labelled by the oracle, half of them good.
-    `count` counts tokens, for the budget of a room's text.
+    `count` counts tokens, for the budget of a room's text; `names` takes those of the things in sight.
 
     Raises UserError when too few paths win, EngineError when the simulator fails.
     """
@@ -221,6 +252,8 @@ def science_lessons(config: Config, dice: random.Random, count: Callable[[str], 
     with Lessons(config.env, cfg.variations) as lessons:
         for number, turns in enumerate(lessons.episodes(cfg.trajectories, dice, stray=cfg.deviate, harmless=True)):
             examples += [shown(t, turns[:i]) for i, t in enumerate(turns)]
+            if names is not None:
+                names.update(name for t in turns for name in t.before.objects or [])
             print(f"gold path {number + 1} of {cfg.trajectories}: {turns[0].description} ({len(turns)} actions)", flush=True)
         for turns in lessons.episodes(4 * cfg.trajectories if wanted else 0, dice, stray=max(cfg.deviate, 0.5)):
             for i, t in enumerate(turns):
@@ -239,16 +272,20 @@ def science_random_examples(
     """Random play in ScienceWorld: its language, and the habit of copying names and forms of commands. Adds the names of
     the things in sight to `names`.
 
-    Three of four turns carry a command in place of the task, which is to be obeyed; in the others the task's own words
-    stand there, and any command follows.
+    Three of four turns carry one command, or several, in place of the task, which are to be obeyed one after the other; in the
+    others the task's own words stand there, and any command follows.
     """
     examples: list[Example] = []
     with Lessons(config.env) as lessons:
         for turn, before in lessons.wander(turns, dice):
-            action = turn.action
             names.update(turn.before.objects or [])
-            told, why = (f"{action}.", f"told to {action}.") if dice.random() < 0.75 else (turn.description, f"try {action}.")
-            examples.append(Example(_science_prompt(config, turn, before, count, told), prompts.answer(why, action), "random"))
+            told, answers = turn.description, [(f"{goal(turn.description)}. try {turn.action}.", turn.action)]
+            if dice.random() < 0.75:
+                more = [astray(turn.before, "", dice) for _ in range(dice.choice((0, ORDERS - 1)))]
+                commands = [turn.action, *more]
+                told, answers = ". ".join(commands) + ".", [(f"told to {command}.", command) for command in commands]
+            response = "".join(prompts.answer(*answer) for answer in answers)
+            examples.append(Example(_science_prompt(config, turn, before, count, told), response, "random"))
             if len(examples) % 2000 == 0:
                 print(f"random play: {len(examples)} of {turns} turns", flush=True)
     return examples

@@ -243,7 +243,7 @@ class Coldstart(Section):
     games: Positive = Field(5000, description="from scratch: games to generate for it")
     games_seed: NonNegative = Field(7, description="from scratch: their seed; not that of the games a run plays")
     lists: NonNegative = Field(10000, description="from scratch: lists of things to copy from, before anything else")
-    exercises: NonNegative = Field(17000, description="from scratch: made-up places to look for things at, eight questions each")
+    exercises: NonNegative = Field(17000, description="from scratch: made-up places to look for things at, eight questions each (ScienceWorld: eight orders to copy)")
     reminders: NonNegative = Field(5000, description="from scratch: exercises among the cold start's examples")
     short_turns: NonNegative = Field(20000, description="from scratch: turns of random play whose command lists are cut to a few entries")
     base_turns: Positive = Field(110000, description="from scratch: turns of random play on all six task types")

@@ -9,8 +9,8 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 
 from gcdlite import prompts
 from gcdlite.envs.alfworld import split_intro
@@ -398,10 +398,39 @@ def swap_names(example: Example, rng: random.Random, keep: Collection[str] = ())
     everywhere alike. What is needed takes part also where it is not in sight: if only things in sight had odd names, the
     name alone would tell (LOG.md)."""
     kinds = sorted({*NAME.findall(example.prompt), *_NEEDED.findall(example.response)} - set(keep))
-    other = dict(zip(kinds, rng.sample(kinds, len(kinds))))
-    words = re.compile(r"(?<![A-Za-z])(?:" + "|".join(kinds) + r")(?![A-Za-z])")
+    return _exchanged(example, dict(zip(kinds, rng.sample(kinds, len(kinds)))))
 
-    def swapped(text: str) -> str:
-        return words.sub(lambda m: other[m[0]], text) if kinds else text
 
-    return Example(swapped(example.prompt), swapped(example.response), example.kind)
+def swap_things(example: Example, things: Sequence[str], rng: random.Random, within: str | None = None) -> Example:
+    """The same for ScienceWorld, whose things have no numbers: those of `things` that are named (`within` a part of the
+    example) trade their names among themselves and with as many others, so that what to do must be read, and cannot be known."""
+    text = f"{example.prompt}\n{example.response}" if within is None else within
+    named = sorted(set(_pattern(tuple(things)).findall(text)))
+    others = sorted(set(things) - set(named))
+    traded = [*named, *rng.sample(others, min(len(named), len(others)))]
+    return _exchanged(example, dict(zip(traded, rng.sample(traded, len(traded)))))
+
+
+def _exchanged(example: Example, other: dict[str, str]) -> Example:
+    """The example with other names for things, everywhere alike."""
+    if not other:
+        return example
+    prompt, response = (_pattern(tuple(other)).sub(lambda m: other[m[0]], text) for text in (example.prompt, example.response))
+    return replace(example, prompt=prompt, response=response)
+
+
+@lru_cache(maxsize=4)
+def _pattern(names: tuple[str, ...]) -> re.Pattern[str]:
+    """Any of the names as whole words, the longest that fits: of `wood cup` and `cup` the first."""
+    return re.compile(r"(?<![A-Za-z])(?:" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + r")(?![A-Za-z])")
+
+
+def orders(commands: Sequence[str], things: Sequence[str], count: int, rng: random.Random) -> list[Example]:
+    """Several commands in the task's place, to be given one after the other: copying names of several words, and nothing else."""
+    examples = []
+    for _ in range(count):
+        told = rng.sample(commands, min(LOOKS, len(commands)))
+        prompt = f"{prompts.SCIENCE['brief']}\n{prompts.SLOTS['brief']['task']}{'. '.join(told)}."
+        response = "".join(prompts.answer(f"told to {command}.", command) for command in told)
+        examples.append(swap_things(Example(prompt, response, "random"), things, rng))
+    return examples

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from gcdlite import prompts
+from gcdlite import lessons, prompts
 from gcdlite.envs.alfworld.games import level_tasks
-from gcdlite.lessons import LOOKS, Example, Style, _kinds_only, copying, exercises, random_examples, reminders, swap_names
+from gcdlite.lessons import LOOKS, Example, Style, _kinds_only, copying, exercises, random_examples, reminders, swap_names, swap_things
 from gcdlite.prompts import parse_response
 
 
@@ -159,3 +159,36 @@ def test_base_lessons_teach_no_task(games_root):
                 else:
                     assert lesson.response.startswith("<think>try ")
     assert min(seen.values()) > 10, seen
+
+
+# --- ScienceWorld's
+
+THINGS = ["cup", "wood cup", "lead", "fork", "spoon", "metal pot"]
+
+
+def test_things_trade_names_everywhere_alike():
+    example = Example("Task: put lead into wood cup. Now: a cup, a wood cup (containing lead), leaden", "move lead to wood cup", "expert")
+    traded = [swap_things(example, THINGS, random.Random(i)) for i in range(30)]
+    for other in traded:
+        item, place = re.match(r"Task: put (.*) into (.*)\. Now: a ", other.prompt).groups()
+        assert other.response == f"move {item} to {place}" and f"a {place} (containing {item}), leaden" in other.prompt
+        here = re.search(r"Now: a (.*?), a ", other.prompt)[1]
+        assert len({item, place, here}) == 3 <= len({item, place, here} & set(THINGS))
+    assert len({t.response for t in traded}) > 15 and any("fork" in t.response for t in traded)  # things that are not there lend names, too
+
+
+def test_only_what_the_task_names_is_traded_where_a_part_is_given():
+    example = Example("Task: boil lead. Now: a metal pot, a fork", "move lead to metal pot", "expert")
+    traded = [swap_things(example, THINGS, random.Random(i), within="boil lead.") for i in range(40)]
+    kept = [t for t in traded if "Now: a metal pot, a fork" in t.prompt]
+    assert len(kept) > 15 and {t.response for t in kept} >= {f"move {x} to metal pot" for x in ("lead", "cup", "spoon")}
+    assert all(t.response.startswith(f"move {t.prompt[11:].split('. ')[0]} to ") for t in traded)
+    assert swap_things(Example("Now: nothing", "look around", "expert"), THINGS, random.Random(0)) == Example("Now: nothing", "look around", "expert")
+
+
+def test_orders_are_copied_one_after_the_other():
+    found = lessons.orders(["focus on lead", "move lead to wood cup", "wait"], THINGS, 20, random.Random(0))
+    for lesson in found:
+        told = lesson.prompt.split("\nTask: ")[1].removesuffix(".").split(". ")
+        assert answers(lesson.response) == [(f"told to {command}.", command) for command in told] and len(told) == 3
+    assert len({lesson.response for lesson in found}) == 20

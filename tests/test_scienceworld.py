@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -611,7 +612,8 @@ def test_a_nano_is_made_from_play(monkeypatch, tmp_path):
     monkeypatch.setattr(experts, "level_tasks", lambda level, protocol: [BEAR])
     config = load(find_config("nano-scienceworld"), ["env.simplification=none", "env.jvms=1"])
     cfg = config.coldstart
-    cfg.base_turns, cfg.trajectories, cfg.judgments, cfg.epochs, cfg.hidden, cfg.layers, cfg.lists = 40, 1, 2, 1, 32, 1, 20
+    cfg.base_turns, cfg.trajectories, cfg.judgments, cfg.epochs, cfg.hidden, cfg.layers = 40, 1, 2, 1, 32, 1
+    cfg.lists = cfg.exercises = cfg.reminders = 20
     coldstart.main(config, tmp_path / "nano")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "nano" / "model")
     made = json.loads((tmp_path / "nano" / "model" / "made.json").read_text())
@@ -626,10 +628,11 @@ def test_random_play_shows_what_can_be_copied(monkeypatch, tmp_path):
     examples = coldstart.science_random_examples(load(find_config("nano-scienceworld")), random.Random(1), 60, words, names)
     assert len(names) > 20 and all(any(name in e.prompt for e in examples) for name in names)
     told = [e for e in examples if "<think>told to " in e.response]
-    assert len(examples) == 60 and 30 < len(told) < 58
+    assert len(examples) == 60 and 30 < len(told) < 58 and len({e.response.count("<action>") for e in told}) == 2
     for e in examples:
-        action, malformed = prompts.parse_response(e.response)
-        assert not malformed and ("Task: " + action + ".\n" in e.prompt) == (e in told)
+        commands = re.findall(r"<action>(.*?)</action>", e.response)
+        assert not prompts.parse_response(e.response)[1] and (f"Task: {'. '.join(commands)}.\n" in e.prompt) == (e in told)
+        assert e in told or f"Task: Your task is to {e.response[7:].partition('. try ')[0]}" in e.prompt
     assert len({e.prompt.split("Now: ")[1] for e in examples}) > 20
 
 

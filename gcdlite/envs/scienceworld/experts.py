@@ -122,6 +122,7 @@ def walk(game: Game, actions: list[str]) -> Iterator[tuple[Observation, str, Obs
             return
 
 
+ROOMS = ("hallway", "kitchen", "bathroom", "bedroom", "living room", "art studio", "workshop", "greenhouse", "foundry", "outside")
 TELLING = ("look", "examine", "read", "use", "inventory", "task")  # commands whose answer is what they are for
 
 
@@ -294,12 +295,16 @@ _REASONS = {
 }
 
 
+def goal(description: str) -> str:
+    """What a task is about, in its own words.
+
+    >>> goal("Your task is to boil water. First, focus on the substance.")
+    'boil water'
+    """
+    return re.split(r"[.,]", description.removeprefix("Your task is to "))[0]
+
+
 def thought(description: str, action: str) -> str:
     """A plain reason to go with an action; gold paths come without any. It names the task first, so that what follows stands
-    next to it: a small model that began with the action did what some other task wanted (LOG.md).
-
-    >>> thought("Your task is to boil water. First, focus on the substance.", "wait")
-    'boil water. it takes time.'
-    """
-    goal = re.split(r"[.,]", description.removeprefix("Your task is to "))[0]
-    return f"{goal}. {_REASONS.get(action.split()[0], 'to see what is here.')}"
+    next to it: a small model that began with the action did what some other task wanted (LOG.md)."""
+    return f"{goal(description)}. {_REASONS.get(action.split()[0], 'to see what is here.')}"
