@@ -35,6 +35,8 @@ SCIENCE = {
     "brief": "Science robot. OBJ is a thing in sight. Answer <think>why</think><action>command</action>",
 }
 
+KINDS = {"alfworld": "household", "scienceworld": "science"}  # environment -> how its tasks are called
+
 SLOTS = {
     "full": {
         "suggestions": "Lessons from earlier attempts:",
@@ -126,7 +128,7 @@ FUTURE_SLOTS = {
 
 DISTIL = {
     "full": (
-        "An agent that works through tasks in a simulated home, one command a turn, was given the advice listed below. "
+        "An agent that works through {kind} tasks, one command a turn, was given the advice listed below. "
         "All of it is about one theme. Work out what the pieces have in common and which habit they want to change, "
         "and write this between <think> and </think>. Then put all of it into one rule for the agent: general enough for "
         "tasks and rooms that it has not seen, without names of single things, and clear about what to do. "
@@ -262,13 +264,13 @@ def judge_prompt(style: str, prompt: str, response: str, success_rate: float) ->
 
     `prompt` is the turn's own prompt without the suggestion block, `success_rate` the agent's measured recent one.
     """
-    head = JUDGE[style].format(rate=round(100 * success_rate), kind=_kind(style, prompt))
+    head = JUDGE[style].format(rate=round(100 * success_rate), kind=_kind(prompt))
     return _about(head, JUDGE_SLOTS[style], prompt, response)
 
 
 def future_prompt(style: str, prompt: str, action: str) -> str:
     """The user message that asks what will be observed after an action, given the turn's prompt."""
-    return _about(FUTURE[style].format(kind=_kind(style, prompt)), FUTURE_SLOTS[style], prompt, action)
+    return _about(FUTURE[style].format(kind=_kind(prompt)), FUTURE_SLOTS[style], prompt, action)
 
 
 def _about(head: str, slots: tuple[str, str], prompt: str, given: str) -> str:
@@ -276,14 +278,14 @@ def _about(head: str, slots: tuple[str, str], prompt: str, given: str) -> str:
     return f"{head}\n{slots[0]}\n{prompt}\n{slots[1]}\n{given}"
 
 
-def is_science(style: str, prompt: str) -> bool:
-    """Whether a turn's prompt is ScienceWorld's; else it is a household's."""
-    return prompt.startswith(SCIENCE[style])
+def is_science(prompt: str) -> bool:
+    """Whether a turn's prompt, in whichever style, is ScienceWorld's; else it is a household's."""
+    return prompt.startswith(tuple(SCIENCE.values()))
 
 
-def _kind(style: str, prompt: str) -> str:
+def _kind(prompt: str) -> str:
     """Which sort of tasks a turn's prompt is from."""
-    return "science" if is_science(style, prompt) else "household"
+    return KINDS["scienceworld" if is_science(prompt) else "alfworld"]
 
 
 def judgment(thought: str, verdict: int, better: str, advice: str) -> str:
@@ -299,9 +301,9 @@ def parse_judgment(text: str) -> tuple[int | None, str, str]:
     return verdict, _first("action", text).lower(), _first("advice", text)
 
 
-def distil_prompt(style: str, advice: Sequence[str]) -> str:
-    """The user message that asks for one golden rule from the advice of one theme."""
-    return "\n".join([DISTIL[style], *(f"- {piece}" for piece in advice)])
+def distil_prompt(style: str, advice: Sequence[str], env: str = "alfworld") -> str:
+    """The user message that asks for one golden rule from the advice of one theme; `env` names the environment."""
+    return "\n".join([DISTIL[style].format(kind=KINDS[env]), *(f"- {piece}" for piece in advice)])
 
 
 def parse_rule(text: str) -> str:

@@ -211,6 +211,13 @@ def test_the_key_is_nowhere(server, client, tmp_path, capfd):
     assert SECRET not in "".join(capfd.readouterr())
 
 
+def test_a_word_in_a_keys_place_is_no_secret(server, client, monkeypatch):
+    """A server of one's own takes any word: hiding an `x` would cut it out of every \\boxed{1}."""
+    monkeypatch.setenv("OPENAI_API_KEY", "x")
+    server.answer = lambda number, question: "\\boxed{1} next"
+    assert client().ask(["a"]) == [["\\boxed{1} next"]]
+
+
 def test_a_key_that_cannot_be_one_is_refused_without_showing_it(monkeypatch):
     for key in ("", "  ", "sk-über", "sk-a b"):
         monkeypatch.setenv("OPENAI_API_KEY", key)

@@ -92,6 +92,7 @@ def test_a_rule_is_one_line_without_tags():
     assert parse_rule("<think>x</think><rule> look\n <action>around</action> </rule>") == "look around"
     assert parse_rule("look around") == "" and parse_rule("<rule></rule>") == ""
     prompt = distil_prompt("full", ["open drawers", "open fridges"])
+    assert "household tasks" in prompt and "science tasks" in distil_prompt("full", ["x"], "scienceworld")
     assert prompt.endswith("- open drawers\n- open fridges")
 
 

@@ -83,7 +83,7 @@ def mistake(turn: Turn, style: str) -> str:
     if turn.result in (*saw, turn.observation):
         return "back again"
     verb = turn.action.split()[0] if turn.action else ""
-    if prompts.is_science(style, turn.bare_prompt):
+    if prompts.is_science(turn.bare_prompt):
         verb = _SCIENCE_VERBS.get(verb, verb)
         return verb if verb in {**MISTAKES, **SCIENCE_MISTAKES} else ""
     verb = _VERBS.get(verb, verb)
@@ -129,7 +129,7 @@ def renew(notes: Sequence[Note], old: Suggestion, iteration: int, config: Config
         largest = [theme[:SHOWN] for theme in themes([note.advice for note in notes])[: cfg.suggest_rules]]
         if cfg.suggest_by == "api":
             assert api is not None, "made wherever the API writes the rules"
-            answers = [texts[0] for texts in api.ask([prompts.distil_prompt("full", theme) for theme in largest])]
+            answers = [texts[0] for texts in api.ask([prompts.distil_prompt("full", theme, config.env.name) for theme in largest])]
         else:
             answers = distil(policy, largest, config)
         pairs = [(prompts.parse_rule(text), theme) for text, theme in zip(answers, largest) if text is not None]
