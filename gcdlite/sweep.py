@@ -468,13 +468,7 @@ def table(recipe: Recipe, root: Path) -> list[dict[str, Any]]:
             )
             starts = {seed: fresh.get(begins[arm, seed], {}) for seed in after} if config.iterations else {}
             before = {seed: levels[level] for seed, levels in starts.items() if level in levels}
-
-            def change(key: str) -> dict[str, Any] | None:
-                return over(after[s][key] - before[s][key] for s in after if before.get(s, {}).get(key) is not None)
-
-            def difference(key: str) -> dict[str, Any] | None:
-                return None if partner == arm else over(after[s][key] - other[s][key] for s in after if other.get(s, {}).get(key) is not None)
-
+            begun = list(before.values())[: None if config.eval.temperature else 1]  # greedily it is one and the same
             rows.append(
                 {
                     "arm": arm,
@@ -485,16 +479,16 @@ def table(recipe: Recipe, root: Path) -> list[dict[str, Any]]:
                     "planned": len(mine),
                     "games": next((a["n"] for a in after.values()), None),
                     "paper": recipe.paper.get(arm, {}).get(level),
-                    "before": success(list(before.values())[: None if config.eval.temperature else 1]),  # greedily it is one and the same
+                    "before": success(begun),
                     "after": success(list(after.values())),
-                    "change": change("success"),
+                    "change": paired(after, before, "success"),
                     "against": None if partner == arm else partner,
-                    "difference": difference("success"),
+                    "difference": None if partner == arm else paired(after, other, "success"),
                     "score": {
-                        "before": over(b.get("score") for b in before.values()),
+                        "before": over(b.get("score") for b in begun),
                         "after": over(a.get("score") for a in after.values()),
-                        "change": change("score"),
-                        "difference": difference("score"),
+                        "change": paired(after, before, "score"),
+                        "difference": None if partner == arm else paired(after, other, "score"),
                     },
                     "judge": over(a.get("judge") for a in after.values()),
                     **{key: over(a.get(key) for a in after.values()) for _, key, _ in BEHAVIOUR},
@@ -508,6 +502,12 @@ def table(recipe: Recipe, root: Path) -> list[dict[str, Any]]:
         reported = recipe.paper.get(arm, {})
         rows += [{"arm": arm, "level": level, "absent": why, "after": None, "paper": reported.get(level)} for level in reported or [""]]
     return rows
+
+
+def paired(some: dict[int, dict[str, Any]], others: dict[int, dict[str, Any]], key: str) -> dict[str, Any] | None:
+    """Mean difference of what both have, by seed."""
+    pairs = [(some[seed].get(key), others[seed].get(key)) for seed in some if seed in others]
+    return over(a - b for a, b in pairs if a is not None and b is not None)
 
 
 def untrained(root: Path) -> dict[str, dict[str, Any]]:

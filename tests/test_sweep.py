@@ -461,6 +461,13 @@ def test_scienceworlds_score_has_a_table_of_its_own(tmp_path):
     text = sweep.markdown(recipe, sweep.table(recipe, tmp_path))
     assert "| arm | level | score before | after | change | difference |" in text
     assert "| b (1 of 2 seeds) | L0 | 20.0 | 31.0 | +11.0 | +6.0 (to a) |" in text
+    finish(recipe, tmp_path, "b-s0", 0.0)  # every episode failed with its machine: there is no score
+    assert rows_of(recipe, tmp_path)["b"]["score"]["difference"]["mean"] == 6
+    (tmp_path / "greedy").mkdir()
+    greedy = written(tmp_path / "greedy", arms={"a": {}}, seeds=[0, 1], settings={"env.name": "scienceworld", "eval.temperature": 0.0})
+    for seed in (0, 1):
+        finish(greedy, tmp_path / "greedy", f"a-s{seed}", 0.1, before=0.1, score=15.0, score_before=10.0)
+    assert rows_of(greedy, tmp_path / "greedy")["a"]["score"]["before"] == {"mean": 10, "half": None, "n": 1}  # one evaluation
 
 
 def test_nothing_run_is_a_table_too(recipe, tmp_path):
