@@ -188,6 +188,8 @@ def _made(config: Config, started: float) -> dict[str, Any]:
     return {
         "command": " ".join(["python", *sys.argv]),
         "seed": config.seed,
+        "environment": config.env.name,
+        "model": config.model.name,
         "tags": config.algo.tagged,
         "minutes": round((time.perf_counter() - started) / 60, 1),
         "coldstart": config.coldstart.model_dump(),

@@ -245,7 +245,9 @@ def check(recipe: Recipe, root: Path) -> list[Run]:
     for name in needed(recipe):
         folder = folder_of(root, name)
         if record := made(folder):
-            old, new = record["coldstart"], recipe.start_config(name, root).coldstart.model_dump(exclude={"start"})
+            config = recipe.start_config(name, root)
+            about = {"seed": config.seed, "environment": config.env.name, "model": config.model.name, "tags": config.algo.tagged}
+            old, new = record | record["coldstart"], about | config.coldstart.model_dump(exclude={"start"})
             parts.append((folder, {key: old.get(key, value) for key, value in new.items()}, new))
     parts += [(run.folder, _flat(load(file)), _flat(run.config)) for run in runs if (file := run.folder / "config.yaml").is_file()]
     for folder, old, new in parts:

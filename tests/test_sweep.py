@@ -256,6 +256,10 @@ def test_cold_starts_come_first_and_their_weights_reach_the_arms(tmp_path, monke
     other = written(tmp_path, seeds=[0], starts={"whole": {"coldstart.epochs": 9}}, arms={"a": {"start": "whole"}})
     with pytest.raises(UserError, match="start-whole was made with epochs="):
         sweep.sweep(other, root)
+    file = root / "start-whole" / "model" / "made.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"environment": "scienceworld", "seed": 4}))
+    with pytest.raises(UserError, match=r"start-whole was made with seed=4 \(recipe: 0\), environment='scienceworld'"):
+        sweep.sweep(recipe, root)
 
     qwen = written(tmp_path, config="qwen2.5-3b", starts={"x": {}}, arms={"a": {"start": "x"}})
     assert sweep.plan(qwen, root)[0].config.model.adapter == f"{root}/start-x/adapter"
