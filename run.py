@@ -286,7 +286,7 @@ def labels(args: argparse.Namespace, faults: list[str]) -> int:
     from gcdlite.view.dashboard import labeller_table
 
     adapter, which = newest_adapter(folder) if is_run else (None, "the model as it is")
-    config.gcd.ask = args.turns
+    config.gcd.ask, config.env.gold = args.turns, True  # without its paths ScienceWorld's oracle would have no opinion
     with envs.closing(envs.make(config, folder if is_run else None)) as pool:
         games = pool.note
         print(f"{which} of {args.source} plays {args.games or 'all'} games of {args.level} ({games})", flush=True)

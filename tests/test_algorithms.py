@@ -54,9 +54,9 @@ def lucky(monkeypatch):
     monkeypatch.setattr(loop, "collect", rigged)
 
 
-def judging_something(monkeypatch):
+def judging_something(monkeypatch, labeller="oracle"):
     """Labels and verdicts by the length of what was written: an untrained model takes no good turn and writes no verdict."""
-    by_length = {"oracle": lambda episode, _: {i: len(t.response) % 2 for i, t in enumerate(episode.turns)}}
+    by_length = {labeller: lambda episode, _: {i: len(t.response) % 2 for i, t in enumerate(episode.turns)}}
     monkeypatch.setattr(labels, "LABELLERS", labels.LABELLERS | by_length)
     monkeypatch.setattr(prompts, "parse_judgment", lambda text: (len(text) % 2, "", ""))
     update, seen = loop.update, []

@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM
 
 import run
 from gcdlite import coldstart, envs, prompts
+from gcdlite import train as loop
+from gcdlite.advantages import ALGORITHMS
 from gcdlite.config import check, find_config, load
 from gcdlite.envs import scienceworld
 from gcdlite.envs.scienceworld import experts, levels
@@ -30,6 +32,7 @@ from gcdlite.policy import load_tokenizer
 from gcdlite.records import Episode, Observation, Turn, UserError
 from gcdlite.rollout import play
 from gcdlite.runlog import read_lines
+from tests.test_algorithms import judging_something, lucky, tag_data, tiny  # noqa: F401
 
 ROOT = Path(run.__file__).resolve().parent
 
@@ -662,6 +665,52 @@ def test_a_whole_run(small_model, tmp_path, monkeypatch, capsys):
     assert "no gold path seen fits" in " ".join(capsys.readouterr().out.split())
     (record,) = read_lines(folder / "eval.jsonl")
     assert record["eval/dev/n"] == 1 and "protocol single" in record["note"] and record["environment"]["simplification"] == "none"
+
+
+@real
+def test_labellers_are_measured_on_games_whose_paths_are_made_for_it(small_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(scienceworld, "level_tasks", lambda level, protocol: [BEAR])
+    monkeypatch.setattr(Game, "step", lucky_step := LuckyStep(Game.step))
+    words = [f"model.name={small_model}", "lora.r=4", "env.jvms=1", "env.max_turns=8", "env.simplification=none", "rollout.max_new_tokens=4"]
+    assert run.main(["labels", "nano-scienceworld", "--games", "1", "--labellers", "rules", "--out", str(tmp_path), *words]) == 0
+    (record,) = read_lines(tmp_path / "labels.jsonl")
+    good, bad = record["rows"]
+    assert lucky_step.turns == len(BEAR_PATH) and record["success"] == 1
+    assert (good["labelled"], good["right"], good["wanted"], bad["labelled"]) == (1, 1, 3, 0)  # the rules see the last of those that raise the score
+
+
+class LuckyStep:
+    """Plays a gold path, whatever an (untrained) agent says; what makes the path itself plays on."""
+
+    def __init__(self, step):
+        self.step, self.turns = step, 0
+
+    def __get__(self, game, owner):
+        def played(action: str) -> Observation:
+            if action in BEAR_PATH:
+                return self.step(game, action)
+            self.turns += 1
+            return self.step(game, BEAR_PATH[self.turns - 1])
+
+        return played
+
+
+@real
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_each_algorithm_trains_and_judges(name, tiny, tag_data, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    tiny.env.name, tiny.env.data, tiny.env.jvms, tiny.env.max_turns, tiny.env.room_tokens = "scienceworld", None, 3, 2, 200
+    tiny.algo.name, tiny.gcd.enabled, tiny.gcd.labeller, tiny.rollout.groups, tiny.eval.levels = name, True, "rules", 1, []
+    if name == "rlvmr":
+        tiny.model.adapter = str(tag_data)
+    lucky(monkeypatch)
+    samples = judging_something(monkeypatch, "rules")
+    loop.train(tiny, tmp_path / "run")
+    (event,) = [e for e in read_lines(tmp_path / "run" / "events.jsonl") if e["phase"] == "train"]
+    judged = [s for s in samples if s.stream == "judgment"]
+    assert event["rollout/errors"] == 0 and event["gcd/selected"] >= 2 and len(judged) == 3 * event["gcd/selected"]
+    assert event["grad_norm"] > 0 and any(any(s.advantages) for s in samples if s.stream == "policy")
 
 
 # --- behind the marker

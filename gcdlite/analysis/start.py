@@ -27,6 +27,8 @@ def run(name: str, options: Options, config: Config, folder: Path) -> list[dict[
         module = "inputs" if options.inputs else "conflict" if options.conflict else name
     analysis = import_module(f"gcdlite.analysis.{module}")
     analysis.check(options)
+    if "oracle" in options.classes or options.conflict and "oracle" in config.gcd.labeller:
+        config.env.gold = True  # without its paths ScienceWorld's oracle would have no opinion
     stages = gather.stages(options.run, options.at)
     resolve(config.model.name)
     needs_games = module != "similarity" or "env" in options.sets.split(",")
