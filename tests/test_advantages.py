@@ -205,7 +205,10 @@ def slow_value(name, group, i, t, options):
     if name == "rloo":
         rest = [r for j, r in enumerate(rewards) if j != i]
         return e.reward - sum(rest) / len(rest) - own
-    value = slow_normalised(e.reward, rewards) - own
+    if options.get("norm_over") == "turns":
+        value = slow_normalised(e.reward - own, [x.reward - turn_cost(u, c, d) for x in group.episodes for u in x.turns])
+    else:
+        value = slow_normalised(e.reward, rewards) - own
     if name == "gigpo":
 
         def step(x, k):
@@ -241,10 +244,13 @@ def slow_value(name, group, i, t, options):
     ("algorithm", "options"),
     [
         (grpo, {}),
+        (grpo, {"norm_over": "turns"}),
         (rloo, {}),
+        (gigpo, {"norm_over": "turns", "gamma": 0.9, "omega": 0.7, "step_norm": "std"}),
         (gigpo, {"gamma": 0.9, "omega": 0.7, "step_norm": "std"}),
         (gigpo, {"gamma": 0.5, "omega": 1.0, "step_norm": "mean"}),
         (rlvmr, {"meta_weight": 0.6}),
+        (rlvmr, {"norm_over": "turns", "meta_weight": 0.6}),
     ],
 )
 def test_algorithms_equal_the_slow_formulas(algorithm, options):
@@ -254,6 +260,30 @@ def test_algorithms_equal_the_slow_formulas(algorithm, options):
         for i, e in enumerate(group.episodes):
             wanted = [slow_value(algorithm.__name__, group, i, t, options) for t in range(len(e.turns))]
             assert found[i] == pytest.approx(wanted, abs=1e-9)
+
+
+@pytest.mark.parametrize(("beta", "norm_over"), [(1.0, "episodes"), (0.5, "turns")])
+def test_nthr_equals_the_slow_formula(beta, norm_over):
+    """Deng et al. 2025: below tau = beta * min over correct responses of their mean s, a token keeps its advantage; above, in a wrong one, eta of it."""
+    damped_ones = 0
+    for seed in range(30):
+        dice = random.Random(seed)
+        group = random_group(dice)
+        scores = [[[dice.uniform(-1, 1) for _ in t.response_ids] for t in e.turns] for e in group.episodes]
+        won = [e.won for e in group.episodes]
+        if not 0 < sum(won) < 4:
+            continue
+        right = [sum(turn_) / len(turn_) for row, w in zip(scores, won) for turn_ in row if w]
+        p = sum(won) / 4
+        found = nthr(group, 0.01, 0.1, scores, norm_over, beta)
+        for i, e in enumerate(group.episodes):
+            for t, u in enumerate(e.turns):
+                plain = slow_value("grpo", group, i, t, {"norm_over": norm_over})
+                for k in range(len(u.response_ids)):
+                    less = not won[i] and scores[i][t][k] > beta * min(right)
+                    assert found[i][t][k] == pytest.approx(plain * (abs(1 - 2 * p) if less else 1), abs=1e-9)
+                    damped_ones += bool(less)
+    assert damped_ones > 20
 
 
 def test_gae_equals_the_double_sum():

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from gcdlite import coldstart, envs, lessons, prompts, rollout
 from gcdlite import train as loop
@@ -15,7 +16,7 @@ from gcdlite.gcd import labels
 from gcdlite.gcd.judge import select
 from gcdlite.policy import Policy
 from gcdlite.prompts import TAGS, parse_response, parse_tagged, turn_prompt
-from gcdlite.records import Group, LabelledTurn, Turn, UserError
+from gcdlite.records import Episode, Group, LabelledTurn, Task, Turn, UserError
 from gcdlite.runlog import read_lines
 from gcdlite.sampling import Completion
 from tests.test_train import adapter_of, stop_in_the_second_update
@@ -83,6 +84,63 @@ def test_each_trains_with_and_without_gcd(tiny, tag_data, monkeypatch, tmp_path,
         assert not judged and "loss/judgment" not in event
     assert ("nthr/damped" in event) == (name == "nthr") and ("loss/value" in event) == (name == "ppo")
     assert any(v.abs().max() > 0 for k, v in adapter_of(tmp_path / "run").items() if "lora_B" in k)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("grpo", "norm_over", "turns"), ("gigpo", "norm_over", "turns"), ("gigpo", "gamma", 0.5), ("gigpo", "omega", 0.3), ("gigpo", "step_norm", "mean"),
+        ("rlvmr", "norm_over", "turns"), ("rlvmr", "meta_weight", 0.3), ("nthr", "norm_over", "turns"), ("nthr", "beta", 0.2),
+        ("ppo", "gae_gamma", 0.5), ("ppo", "gae_lambda", 0.5),
+    ],
+)  # fmt: skip
+def test_every_setting_of_an_algorithm_reaches_its_advantages(name, field, value):
+    dice, task = random.Random(0), Task("t", "t", "t")
+
+    def a_turn():
+        text, action = dice.choice("abc"), dice.choice(["go", "look"])
+        return Turn(text, [], [1], [2, 3], [-1.0] * 2, "", action, False, True, tag=dice.choice(TAGS))
+
+    episodes = [Episode(task, "", [a_turn() for _ in range(n)], won=k % 2 == 0, reward=float(k % 2 == 0)) for k, n in enumerate((2, 5, 3, 4))]
+    groups = [Group(task, episodes)]
+    features = [[[[dice.uniform(-1, 1) for _ in t.response_ids] for t in e.turns] for e in episodes]] if name in ("nthr", "ppo") else None
+    usual, other = (loop.policy_samples(groups, check({"algo": {"name": name} | more}), features) for more in ({}, {field: value}))
+    assert [s.advantages for s in usual] != [s.advantages for s in other]
+
+
+@pytest.mark.parametrize("name", ["ppo", "nthr"])
+def test_they_begin_with_a_cold_starts_adapter(tiny, tag_data, monkeypatch, tmp_path, name):
+    """A third adapter beside the policy's and the reference's frozen copy of it, or scores from a policy that is not the base."""
+    tiny.algo.name, tiny.model.adapter, tiny.update.kl = name, str(tag_data), 0.01
+    lucky(monkeypatch)
+    loop.train(tiny, tmp_path / "run")
+    (event,) = [e for e in read_lines(tmp_path / "run" / "events.jsonl") if e["phase"] == "train"]
+    assert event["grad_norm"] > 0 and event["kl"] >= 0
+    start, end = load_file(tag_data / "adapter_model.safetensors"), adapter_of(tmp_path / "run")
+    assert start.keys() == end.keys() and any(not torch.equal(start[k], end[k]) for k in start)
+
+
+def test_judges_are_told_the_success_that_was_measured(tiny, monkeypatch, tmp_path):
+    tiny.gcd.enabled, tiny.steps, told = True, 2, []
+    lucky(monkeypatch)
+    judging_something(monkeypatch)
+    judge = loop.judging.judge
+    monkeypatch.setattr(loop.judging, "judge", lambda *args, **words: told.append(words["success_rate"]) or judge(*args, **words))
+    loop.train(tiny, tmp_path / "run")
+    events = [e for e in read_lines(tmp_path / "run" / "events.jsonl") if e["phase"] == "train"]
+    assert told == [e["rollout/success"] for e in events] and len(told) == 2
+
+
+def test_the_pool_holds_the_last_iterations_only(tiny, monkeypatch, tmp_path):
+    tiny.gcd.enabled, tiny.gcd.pool, tiny.steps, pools = True, 2, 5, []
+    lucky(monkeypatch)
+    judging_something(monkeypatch)
+    choose = loop.judging.select
+    monkeypatch.setattr(loop.judging, "select", lambda fresh, pool, *rest: pools.append([t.iteration for t in pool]) or choose(fresh, pool, *rest))
+    loop.train(tiny, tmp_path / "run")
+    for iteration, pool in enumerate(pools):
+        assert set(pool) == {i for i in (iteration - 2, iteration - 1) if i >= 0}
+        assert all(pool.count(i) <= tiny.gcd.turns for i in set(pool))
 
 
 @pytest.mark.parametrize("name", ["ppo", "nthr"])
