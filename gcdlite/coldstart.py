@@ -33,7 +33,7 @@ from gcdlite.envs.alfworld.experts import Prior
 from gcdlite.envs.alfworld.games import IN_DOMAIN, OUT_OF_DOMAIN, find_games
 from gcdlite.envs.scienceworld.experts import ROOMS, Lesson, Lessons, astray, goal, thought
 from gcdlite.gcd.labels import verdict
-from gcdlite.lessons import NAME, SUCCESS_RATES, Example, Style, copying, exercises, expert_examples, judgment_text, laps, make_prior, orders, random_examples, reasoning_tag, reminders, swap_names, swap_things
+from gcdlite.lessons import NAME, SUCCESS_RATES, Example, Style, copying, exercises, expert_examples, judgment_text, laps, make_prior, orders, random_examples, reasoning_tag, reminders, swap_names, swap_things, won_episodes
 from gcdlite.nano import build_model, build_tokenizer
 from gcdlite.policy import Policy, load_tokenizer, resolve
 from gcdlite.records import Task, UserError
@@ -305,10 +305,20 @@ def _science_prompt(config: Config, turn: Lesson, before: Sequence[Lesson], coun
 
 
 def _expert_lessons(config: Config, tasks: Sequence[Task], prior: Prior, dice: random.Random) -> list[Example]:
-    """The cold start's examples: `trajectories` expert episodes, and the variant's examples from other games."""
+    """The cold start's examples: `trajectories` expert episodes, and the variant's examples from other games.
+
+    Only won ones, but for nano, which learns from demonstrators with a fault (`careless`). Raises UserError when too few are won.
+    """
     cfg, style = config.coldstart, _style(config)
-    chosen = [dice.choice(tasks) for _ in range(cfg.trajectories)]
-    examples = list(expert_examples(chosen, prior, style, dice, deviate=cfg.deviate, hints=cfg.hints, careless=cfg.careless))
+    options = {"deviate": cfg.deviate, "hints": cfg.hints, "careless": cfg.careless}
+    if cfg.from_scratch:
+        examples = list(expert_examples([dice.choice(tasks) for _ in range(cfg.trajectories)], prior, style, dice, **options))
+    else:
+        chosen = (dice.choice(tasks) for _ in range(10 * cfg.trajectories))
+        won = list(islice(won_episodes(chosen, prior, style, dice, **options), cfg.trajectories))
+        if len(won) < cfg.trajectories:
+            raise UserError(f"only {len(won)} of {cfg.trajectories} expert episodes were won in {style.max_turns} turns: raise env.max_turns, or lower coldstart.deviate")
+        examples = [example for episode in won for example in episode]
     judged = (e for e in expert_examples(laps(tasks, dice), prior, style, dice, deviate=0.3, judge=0.3) if e.kind != "expert")
     return examples + list(islice(judged, 0 if cfg.variant == "vanilla" else cfg.judgments))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
@@ -112,39 +112,60 @@ def expert_examples(
     what the label says, too.
     """
     for task in tasks:
-        game = Game(task.path, plan=judge > 0)
-        seen = game.reset()
-        description, text = split_intro(seen.text)
-        expert = Expert(description, prior, style.history, careless > 0)
-        wild = rng.random() * 2 * deviate  # some episodes go nearly straight, others are a mess
-        rules = rng.sample(list(MISTAKES.values()), rng.randint(1, 5)) if hints and rng.random() < hints else []
-        last, failed, tried = None, False, set()
-        for taken in range(style.max_turns):
-            history = expert.pairs[-style.history :] if style.history else []
-            thought, command = expert.act(text, seen.admissible)
-            if careless and rng.random() < careless:
-                thought, command = expert.hasty(text, seen.admissible) or (thought, command)
-            achieved = last is None or last.split()[0] in ("take", "clean", "heat", "cool")
-            tag = reasoning_tag(command, achieved, failed, tried) if style.tags else "think"
-            if tag == "planning" and not taken:
-                thought = f"{outline(expert.goal)} {thought}"
-            listed = style.listed(seen.admissible, [command], rng)
-            ask = partial(prompts.turn_prompt, style.prompt, description, taken, history, text, listed, tags=style.tags)
-            bare = ask()
-            prompt = ask(suggestions=Suggestion(rules=rules).text) if rules else bare
-            yield Example(prompt, prompts.answer(thought, command, tag), "expert")
-            if judge and rng.random() < judge:
-                judged = judgment_example(game, seen, bare, thought, command, expert.goal.obj, last, style, rng, tag)
-                if judged:
-                    yield judged
-            action = deviation(seen.admissible, last, rng, expert.goal.obj) if rng.random() < wild else command
-            expert.remember(text, action)
-            failed = action not in seen.admissible
-            tried.add(action)
-            seen = game.step(action)
-            text, last = seen.text, action
-            if seen.done:
+        yield from _episode(task, prior, style, rng, deviate, judge, hints, careless)
+
+
+def won_episodes(tasks: Iterable[Task], prior: Prior, style: Style, rng: random.Random, *, deviate: float, hints: float, careless: float) -> Iterable[list[Example]]:
+    """The same, an episode at a time, and only those that were won."""
+    for task in tasks:
+        play, shown = _episode(task, prior, style, rng, deviate, 0.0, hints, careless), []
+        while True:
+            try:
+                shown.append(next(play))
+            except StopIteration as end:
+                if end.value:
+                    yield shown
                 break
+
+
+def _episode(
+    task: Task, prior: Prior, style: Style, rng: random.Random, deviate: float, judge: float, hints: float, careless: float
+) -> Generator[Example, None, bool]:
+    """One game's examples; whether it was won."""
+    game = Game(task.path, plan=judge > 0)
+    seen = game.reset()
+    description, text = split_intro(seen.text)
+    expert = Expert(description, prior, style.history, careless > 0)
+    wild = rng.random() * 2 * deviate  # some episodes go nearly straight, others are a mess
+    rules = rng.sample(list(MISTAKES.values()), rng.randint(1, 5)) if hints and rng.random() < hints else []
+    last, failed, tried = None, False, set()
+    for taken in range(style.max_turns):
+        history = expert.pairs[-style.history :] if style.history else []
+        thought, command = expert.act(text, seen.admissible)
+        if careless and rng.random() < careless:
+            thought, command = expert.hasty(text, seen.admissible) or (thought, command)
+        achieved = last is None or last.split()[0] in ("take", "clean", "heat", "cool")
+        tag = reasoning_tag(command, achieved, failed, tried) if style.tags else "think"
+        if tag == "planning" and not taken:
+            thought = f"{outline(expert.goal)} {thought}"
+        listed = style.listed(seen.admissible, [command], rng)
+        ask = partial(prompts.turn_prompt, style.prompt, description, taken, history, text, listed, tags=style.tags)
+        bare = ask()
+        prompt = ask(suggestions=Suggestion(rules=rules).text) if rules else bare
+        yield Example(prompt, prompts.answer(thought, command, tag), "expert")
+        if judge and rng.random() < judge:
+            judged = judgment_example(game, seen, bare, thought, command, expert.goal.obj, last, style, rng, tag)
+            if judged:
+                yield judged
+        action = deviation(seen.admissible, last, rng, expert.goal.obj) if rng.random() < wild else command
+        expert.remember(text, action)
+        failed = action not in seen.admissible
+        tried.add(action)
+        seen = game.step(action)
+        text, last = seen.text, action
+        if seen.done:
+            break
+    return seen.won
 
 
 def reasoning_tag(command: str, achieved: bool, failed: bool, tried: Collection[str]) -> str:

@@ -5,11 +5,12 @@ import random
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from gcdlite import coldstart
+from gcdlite import coldstart, envs
 from gcdlite.coldstart import encode, fit
 from gcdlite.envs.alfworld.experts import type_of
 from gcdlite.envs.alfworld.games import level_tasks
@@ -17,6 +18,7 @@ from gcdlite.lessons import Example, Style, expert_examples, make_prior
 from gcdlite.nano import build_model
 from gcdlite.policy import load_tokenizer
 from gcdlite.prompts import parse_response
+from gcdlite.records import UserError
 
 
 def test_without_prompt_weight_only_responses_are_learned(small_model):
@@ -99,7 +101,7 @@ def test_renamed_lessons_stay_lessons(games_root):
 
 
 def test_the_settings_say_how_careless_the_lessons_are(small_config):
-    small_config.coldstart.trajectories, small_config.coldstart.judgments = 8, 0
+    small_config.coldstart.trajectories, small_config.coldstart.judgments, small_config.coldstart.from_scratch = 8, 0, True
 
     def put_back(careless):
         small_config.coldstart.careless = careless
@@ -108,6 +110,23 @@ def test_the_settings_say_how_careless_the_lessons_are(small_config):
         return sum(f"have {took[1]}. put it on {took[2]}." in answer for took, answer in taken if took)
 
     assert put_back(0.0) == 0 < put_back(1.0)
+
+
+def test_an_adapter_learns_from_won_episodes_only(small_config):
+    cfg = small_config.coldstart
+    cfg.trajectories, cfg.judgments, cfg.deviate, small_config.env.max_turns = 6, 0, 0.3, 12
+    with envs.closing(envs.make(small_config)) as pool:
+        tasks = pool.tasks("train")
+    style, prior = coldstart._style(small_config), make_prior(tasks, 50, random.Random(0))
+    every = [list(expert_examples([t], prior, style, random.Random(i), deviate=0.3)) for i, t in enumerate(tasks[:40])]
+    assert sum(len(e) == 12 for e in every) > 10  # lost, most of them
+    lessons = coldstart._alfworld_lessons(small_config, random.Random(0))
+    starts = [i for i, e in enumerate(lessons) if "\nTurn 0\n" in e.prompt] + [len(lessons)]
+    lengths = [b - a for a, b in zip(starts, starts[1:])]
+    assert len(lengths) == 6 and sum(length == 12 for length in lengths) < 3
+    small_config.env.max_turns = 2
+    with pytest.raises(UserError, match="only 0 of 6 expert episodes were won in 2 turns: raise env.max_turns"):
+        coldstart._alfworld_lessons(small_config, random.Random(0))
 
 
 def test_an_adapter_learns_to_speak_in_the_right_form(small_config, small_model, tmp_path):
@@ -137,7 +156,7 @@ def test_a_short_cold_start_does_not_end_in_its_warm_up(small_config, tmp_path, 
     cfg, seen = small_config.coldstart, []
     monkeypatch.setattr(coldstart.sft, "tune", lambda policy, rows, batches, **how: seen.append((len(batches), how["warmup"])))
     for cfg.epochs in (1, 100):
-        cfg.trajectories, cfg.judgments, cfg.batch_tokens = 1, 1, 600
+        cfg.trajectories, cfg.judgments, cfg.batch_tokens = 1, 1, 300
         coldstart.main(small_config, tmp_path / str(cfg.epochs))
     (few, short), (many, full) = seen
     assert 4 <= few < 80 < many and 1 <= short <= few / 4 and full == 20
