@@ -203,6 +203,7 @@ def metrics(episodes: Sequence[Episode], seconds: float) -> dict[str, float]:
     lost = sum(len(t.response_ids) for e in failed for t in e.turns)
     return {
         "rollout/success": sum(e.won for e in episodes) / max(1, len(episodes)),
+        "rollout/score": sum(max(0.0, e.score) for e in episodes) / max(1, len(episodes)),
         "rollout/turns": len(turns) / max(1, len(episodes)),
         "rollout/malformed": sum(t.malformed for t in turns) / n,
         "rollout/inadmissible": sum(not t.is_admissible for t in turns) / n,

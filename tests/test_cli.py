@@ -389,6 +389,15 @@ def test_a_secret_typed_by_mistake_is_not_repeated(capsys, elsewhere):
     assert left_behind(elsewhere) == []
 
 
+def test_scienceworlds_score_is_shown_in_training():
+    science = settings(env={"name": "scienceworld"})
+    event = EVENTS[3] | {"rollout/score": 37.25}
+    for config, seen in ((science, True), (settings(), False)):
+        state = state_after([*EVENTS[:3], event], config)
+        assert ("score 37.2" in plain_line(event, state)) == seen
+        assert ("score 37.2" in text_of(picture(state, 120, 30, 100.0), 120, 30)) == seen
+
+
 def test_suggestions_and_the_api_are_shown():
     config = settings(gcd={"enabled": True, "suggest": True, "suggest_by": "template", "labeller": "rules+api"})
     rules = ["do not go back to where you were.", "take only what the task needs."]

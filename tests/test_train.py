@@ -50,6 +50,8 @@ def test_groups_play_one_game_and_episodes_differ(small_config):
         assert len({e.turns[0].observation for e in group.episodes}) == 1
     assert len({tuple(e.turns[0].response_ids) for g in groups for e in g.episodes}) > 1
     assert metrics["rollout/turns"] == 4 and metrics["rollout/success"] == 0
+    groups[0].episodes[0].score, groups[1].episodes[2].score = 45.0, -100.0  # a failure is worth nothing, not less
+    assert rollout.metrics([e for g in groups for e in g.episodes], 1.0)["rollout/score"] == 7.5
     for turn in (t for g in groups for e in g.episodes for t in e.turns):
         assert len(turn.response_ids) == len(turn.logprobs) <= 8
 

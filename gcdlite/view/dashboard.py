@@ -247,6 +247,8 @@ def success_panel(state: State, width: int, height: int) -> Panel:
     text.append(percent(values[-1] if values else None), "bold green")
     if len(recent) > 1:
         text.append(f"  mean of last {len(recent)}: {percent(sum(recent) / len(recent))}", "dim")
+    if state.config.env.name == "scienceworld":
+        text.append(f"  score {number(state.latest('rollout/score'), '.1f')}", "dim")
     tall = height - 2
     if tall > 0:
         marks = {0: "1.0", tall - 1: "0.0"} | ({tall // 2: "0.5"} if tall > 4 and tall % 2 else {})
@@ -525,7 +527,8 @@ def plain_line(event: Event, state: State) -> str | None:
     if event["phase"] != "train":
         return None
     parts = [
-        f"iteration {place}", f"success {percent(get('rollout/success'))}", f"turns {number(get('rollout/turns'), '.1f')}",
+        f"iteration {place}", f"success {percent(get('rollout/success'))}",
+        *([f"score {number(get('rollout/score'), '.1f')}"] if state.config.env.name == "scienceworld" else []), f"turns {number(get('rollout/turns'), '.1f')}",
         f"malformed {percent(get('rollout/malformed'))}", f"inadmissible {percent(get('rollout/inadmissible'))}",
         f"policy loss {number(get('loss/policy'), '+.4f')}",
     ]  # fmt: skip
