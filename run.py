@@ -314,7 +314,7 @@ def analyze(args: argparse.Namespace, faults: list[str]) -> int:
     settings = [w for w in args.words if "=" in w]
     if len(folders) > 1:
         raise UserError(f"analyze takes one run folder, not {', '.join(folders)}")
-    options = analysis.options(args.name, {flag[2:]: getattr(args, flag[2:]) for flag, *_ in analysis.FLAGS})
+    options = analysis.options(args.name, {name: getattr(args, name) for name in map(analysis.field, analysis.FLAGS)})
     if args.name == "theory":
         if args.words:
             raise UserError(f"theory needs no model: leave {args.words[0]} out")

@@ -13,7 +13,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -27,6 +27,7 @@ from gcdlite import envs, prompts, sft
 from gcdlite.backbone import plain
 from gcdlite.config import Config
 from gcdlite.envs import closing
+from gcdlite.envs.base import Pool
 from gcdlite.envs.alfworld import generated_root
 from gcdlite.envs.alfworld.engine import Game
 from gcdlite.envs.alfworld.experts import Prior
@@ -225,24 +226,11 @@ def science_lessons(config: Config, dice: random.Random, count: Callable[[str], 
     """
     cfg, style = config.coldstart, _style(config)
 
-    def prompt(lesson: Lesson, before: Sequence[Lesson]) -> str:
-        return _science_prompt(config, lesson, before, count)
-
-    def tag(lesson: Lesson, before: Sequence[Lesson]) -> str:
-        if not style.tags:
-            return "think"
-        last = before[-1] if before else None
-        achieved, failed = not last or last.after.score > last.before.score, bool(last) and last.after.understood is False
-        return reasoning_tag(lesson.better, achieved, failed, {t.action for t in before})
-
-    def shown(t: Lesson, before: Sequence[Lesson]) -> Example:
-        return Example(prompt(t, before), prompts.answer(thought(t.description, t.better), t.better, tag(t, before)), "expert")
-
     def beside(t: Lesson, before: Sequence[Lesson], value: int) -> Example:
-        asked = prompt(t, before)
+        asked = _science_prompt(config, t, before, count)
         if style.variant == "future":  # what the simulator said; after that, the prompt of the next turn repeats the whole room
             return Example(prompts.future_prompt(style.prompt, asked, t.action), t.after.brief, "future")
-        response = prompts.answer(t.thought, t.action, tag(t, before))
+        response = prompts.answer(t.thought, t.action, _tag(config, t, before))
         if style.variant == "value":
             return Example(asked, response, "value", value)
         question = prompts.judge_prompt(style.prompt, asked, response, dice.choice(SUCCESS_RATES))
@@ -253,7 +241,7 @@ def science_lessons(config: Config, dice: random.Random, count: Callable[[str], 
     judged: dict[int, list[Example]] = {0: [], 1: []}
     with Lessons(config.env, cfg.variations) as lessons:
         for number, turns in enumerate(lessons.episodes(cfg.trajectories, dice, stray=cfg.deviate, harmless=True)):
-            examples += [shown(t, turns[:i]) for i, t in enumerate(turns)]
+            examples += [_shown(config, t, turns[:i], count) for i, t in enumerate(turns)]
             if names is not None:
                 names.update(name for t in turns for name in t.before.objects or [])
             print(f"gold path {number + 1} of {cfg.trajectories}: {turns[0].description} ({len(turns)} actions)", flush=True)
@@ -266,6 +254,36 @@ def science_lessons(config: Config, dice: random.Random, count: Callable[[str], 
                 break
     print(f"{len(judged[1])} good and {len(judged[0])} bad turns to judge, of {wanted} wanted", flush=True)
     return examples + judged[0] + judged[1]
+
+
+def _shown(config: Config, turn: Lesson, before: Sequence[Lesson], count: Callable[[str], int]) -> Example:
+    """What an expert does at a turn of ScienceWorld."""
+    response = prompts.answer(thought(turn.description, turn.better), turn.better, _tag(config, turn, before))
+    return Example(_science_prompt(config, turn, before, count), response, "expert")
+
+
+def _tag(config: Config, turn: Lesson, before: Sequence[Lesson]) -> str:
+    """Which tag its thought has."""
+    if not config.algo.tagged:
+        return "think"
+    last = before[-1] if before else None
+    achieved, failed = not last or last.after.score > last.before.score, bool(last) and last.after.understood is False
+    return reasoning_tag(turn.better, achieved, failed, {t.action for t in before})
+
+
+def demonstrations(
+    config: Config, pool: Pool, level: str, episodes: int, dice: random.Random, count: Callable[[str], int]
+) -> Iterator[list[Example]]:
+    """At most `episodes` won expert episodes on games of a level, turn by turn, in the run's own prompts: what an analysis takes for
+    good turns where the policy has too few. Raises UserError when no path wins, EngineError when ScienceWorld's simulator fails."""
+    if config.env.name == "scienceworld":
+        with Lessons(config.env, level=level) as lessons:
+            for turns in lessons.episodes(episodes, dice, harmless=True):
+                yield [_shown(config, t, turns[:i], count) for i, t in enumerate(turns)]
+    else:
+        tasks, prior = pool.tasks(level), make_prior(pool.tasks("train"), 500, dice)
+        chosen = dice.sample(tasks, min(episodes, len(tasks)))
+        yield from won_episodes(chosen, prior, _style(config), dice, deviate=0.0, hints=0.0, careless=0.0)
 
 
 def science_random_examples(

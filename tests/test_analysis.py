@@ -335,6 +335,18 @@ def test_the_real_data_sets():
     assert all(qa.correct(f"It is \\boxed{{{q.answer}}}", q.answer) for q in gsm8k[:10])
 
 
+def test_solutions_end_in_the_answer(tmp_path):
+    file = tmp_path / "q.jsonl"
+    file.write_text(json.dumps({"question": "6 apples, 2 eaten?", "answer": "They have 6-2=<<6-2=4>>4.\n#### 4"}))
+    (question,) = qa.load("gsm8k", file)
+    assert question.solution == "They have 6-2=4.\nThe answer is \\boxed{4}." and qa.correct(question.solution, question.answer)
+
+
+def test_a_response_that_was_cut_off_needs_its_box():
+    assert qa.correct("first 3, then 4", "4") and not qa.correct("first 3, then 4", "4", whole=False)
+    assert qa.correct("\\boxed{4} and so", "4", whole=False)
+
+
 def test_questions_that_are_none(tmp_path):
     file = tmp_path / "q.jsonl"
     for text in ('{"question": "2 + 2?", "answer": "four"}', "nonsense", "", '{"problem": "p"}', "[]"):
@@ -349,6 +361,42 @@ def questions(folder, n=12):
     file = folder / "gsm8k.jsonl"
     file.write_text("".join(json.dumps({"question": f"What is {i} + 1?", "answer": f"...\n#### {i + 1}"}) + "\n" for i in range(n)))
     return file
+
+
+def test_too_few_positives_are_replaced_as_a_whole(policy, small_config, tmp_path, monkeypatch):
+    """An expert's turns stand in for those of a domain with fewer than --reference of its own; the sources never mix in a set."""
+    from gcdlite import envs
+
+    found = [s for s in made(policy, 24) if not (s.positive and s.domain == "OOD" and s.unit > 3)]
+    assert 0 < sum(s.positive and s.domain == "OOD" for s in found) < 3 <= sum(s.positive and s.domain == "ID" for s in found)
+    small_config.env.max_turns, opts = 30, Options(reference=3, samples=6, games=3)
+    with envs.closing(envs.make(small_config)) as pool:
+        mixed = gather.with_references(found, policy, pool, "env", opts, small_config, output(tmp_path))
+        assert gather.with_references(found, policy, pool, "env", Options(), small_config, output(tmp_path)) == found
+    sets = {(d, c): [s for s in mixed if (s.domain, s.positive) == (d, c)] for d in gather.DOMAINS for c in (True, False)}
+    assert {key: {s.source for s in some} for key, some in sets.items()} == {
+        ("ID", True): {"sampled"}, ("ID", False): {"sampled"}, ("OOD", False): {"sampled"}, ("OOD", True): {"reference"},
+    }  # fmt: skip
+    assert [s for s in mixed if s.source == "sampled" and not (s.domain == "OOD" and s.positive)] == [s for s in found if not (s.domain == "OOD" and s.positive)]
+    theirs = sets["OOD", True]
+    assert 1 < len({s.unit for s in theirs}) <= 3 and not {s.unit for s in theirs} & {s.unit for s in found}
+    for s in theirs:
+        text = policy.tokenizer.decode(s.sample.response_ids)
+        assert text.startswith("<think>") and not prompts.parse_response(text)[1] and s.sample.response_ids[-1] == policy.tokenizer.eos_token_id
+    rows = {r["pair"]: r for r in similarity.measure(policy, mixed, opts, small_config, output(tmp_path), "x")}
+    assert (rows["np"]["source_ID"], rows["np"]["source_OOD"], rows["np"]["n_OOD"]) == ("sampled", "reference", 6)
+    assert rows["pp"]["units_OOD"] == len({s.unit for s in gather.draw(mixed, 6, small_config.seed)["OOD", True]})
+
+
+def test_solutions_stand_in_for_right_answers(policy, small_config, tmp_path):
+    opts = Options(reference=2, samples=4, games=2, gsm8k=str(questions(tmp_path)))
+    found = gather.with_references([], policy, None, "gsm8k", opts, small_config, output(tmp_path / "out"))
+    asked = gather.by_domain("gsm8k", opts, small_config.seed)
+    assert {s.domain for s in found} == {"ID", "OOD"} and len(found) == sum(len(some) for some in asked.values())
+    wanted = [policy.encode(prompts.question_prompt("brief", q.problem)) for some in asked.values() for q in some]
+    assert [s.sample.prompt_ids for s in found] == wanted and all(s.positive and s.source == "reference" for s in found)
+    for s, question in zip(found, [q for some in asked.values() for q in some]):
+        assert qa.correct(policy.tokenizer.decode(s.sample.response_ids), question.answer)
 
 
 def test_right_answers_are_positive(policy, small_config, tmp_path):

@@ -597,6 +597,17 @@ def test_lessons_stray_where_it_does_no_harm_and_win(monkeypatch, tmp_path):
 
 
 @real
+def test_experts_show_other_levels_to_analyses(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    asked = []
+    monkeypatch.setattr(experts, "level_tasks", lambda level, protocol: asked.append(level) or [BEAR])
+    shown = list(coldstart.demonstrations(check({"env": {"name": "scienceworld"}}), None, "L2", 2, random.Random(0), words))
+    assert asked == ["L2"] and len(shown) == 2
+    for episode in shown:
+        assert [prompts.parse_response(e.response)[0] for e in episode] == BEAR_PATH and all("Forms of commands" in e.prompt for e in episode)
+
+
+@real
 def test_thoughts_of_gold_paths_name_their_kind_for_rlvmr(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(experts, "level_tasks", lambda level, protocol: [BEAR])

@@ -37,6 +37,8 @@ FLAGS = (
     ("--gsm8k", str, "FILE", ("similarity",), "GSM8K's test split as JSON lines; unset: from the hub"),
     ("--inputs", bool, None, ("similarity",), "instead: similarity of the prompts, environment against GSM8K"),
     ("--conflict", bool, None, ("similarity",), "instead: cosine of the policy gradient with judging and with a value head"),
+    ("--answer-tokens", int, "N", ("similarity",), "longest answer to a question, in tokens"),
+    ("--reference", int, "N", ("similarity",), "where fewer than N positives were sampled, take an expert's turns and the data sets' solutions in their place (off-policy); 0: never"),
     ("--bootstrap", int, "N", PLAYING, "bootstrap samples behind an interval"),
     ("--lr", float, "X", ("influence",), "step size; unset: chosen from --nudge"),
     ("--nudge", float, "X", ("influence",), "what a step adds to its own sample's mean token log-prob, to first order, on average"),
@@ -49,6 +51,11 @@ FLAGS = (
     ("--push", float, "X", ("theory",), "simulation: constant push c from outside"),
     ("--xi", float, "X", ("theory",), "Theorem A.1: benefit of the good action over the risk of the bad one"),
 )  # fmt: skip
+
+
+def field(flag: tuple) -> str:
+    """The name in `Options` of a row of FLAGS."""
+    return flag[0][2:].replace("-", "_")
 
 
 @dataclass
@@ -67,6 +74,8 @@ class Options:
     gsm8k: str | None = None
     inputs: bool = False
     conflict: bool = False
+    answer_tokens: int = 384
+    reference: int = 0
     bootstrap: int = 400
     lr: float | None = None
     nudge: float = 0.1
@@ -95,17 +104,18 @@ def options(name: str, given: dict[str, Any]) -> Options:
     Raises UserError with all faults: a flag that the analysis does not read, a value out of range.
     """
     faults = []
-    for flag, _, _, readers, _ in FLAGS:
-        if given.get(flag[2:]) is not None and name not in readers:
+    for row in FLAGS:
+        flag, _, _, readers, _ = row
+        if given.get(field(row)) is not None and name not in readers:
             faults.append(f"{flag} means nothing to {name}, only to {', '.join(readers)}")
     chosen = Options(**DEFAULTS.get(name, {}) | {k: v for k, v in given.items() if v is not None})
-    for field, low, high in (
-        ("games", 0, None), ("samples", 2, None), ("bootstrap", 2, None), ("resamples", 1, None), ("turns", 1, None),
+    for setting, low, high in (
+        ("games", 0, None), ("samples", 2, None), ("answer_tokens", 1, None), ("reference", 0, None), ("bootstrap", 2, None), ("resamples", 1, None), ("turns", 1, None),
         ("q", 0, 1), ("r", 0, 1), ("delta", -1, 1), ("push", 0, None), ("xi", 0, None), ("lr", 0, None), ("nudge", 0, None),
     ):  # fmt: skip
-        value = getattr(chosen, field)
+        value = getattr(chosen, setting)
         if value is not None and (value < low or high is not None and value > high or value != value):
-            faults.append(f"--{field} {value}: give a number {f'from {low} to {high}' if high is not None else f'of at least {low}'}")
+            faults.append(f"--{setting.replace('_', '-')} {value}: give a number {f'from {low} to {high}' if high is not None else f'of at least {low}'}")
     if chosen.xi * chosen.r > 1:
         faults.append(f"--xi {chosen.xi:g} times --r {chosen.r:g} is a change of a probability: at most 1")
     if chosen.inputs and chosen.conflict:

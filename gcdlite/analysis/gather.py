@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from gcdlite import checkpoint, prompts
 from gcdlite.analysis import Options
 from gcdlite.analysis.output import Output
+from gcdlite.coldstart import demonstrations
 from gcdlite.config import Config
 from gcdlite.envs import qa
 from gcdlite.envs.alfworld.games import stratified
@@ -30,6 +31,7 @@ from gcdlite.rollout import play, sound
 from gcdlite.runlog import read_lines
 
 DOMAINS = ("ID", "OOD")
+SAMPLED, REFERENCE = "sampled", "reference"  # who wrote a specimen: the policy, or an expert or a data set
 
 
 @dataclass
@@ -53,6 +55,7 @@ class Specimen:
     domain: str  # "ID" or "OOD"
     unit: int  # specimens of one episode (or question) share it: they are resampled together
     action: str = ""
+    source: str = SAMPLED  # or REFERENCE
 
 
 def stages(run: Path | None, at: str) -> list[Stage]:
@@ -167,14 +170,54 @@ def answers(policy: Policy, name: str, options: Options, config: Config, output:
             for start in range(0, len(chosen), policy.rows):
                 some = chosen[start : start + policy.rows]
                 ids = [policy.encode(prompts.question_prompt(config.model.prompt, q.problem)) for _, q in some]
-                done = policy.generate(ids, max_new_tokens=config.rollout.max_new_tokens, temperature=config.rollout.temperature, rng=rng)
+                done = policy.generate(ids, max_new_tokens=options.answer_tokens, temperature=config.rollout.temperature, rng=rng)
                 for k, ((domain, question), prompt, answer) in enumerate(zip(some, ids, done)):
                     sample = Sample(prompt, answer.ids, [1.0] * len(answer.ids), answer.logprobs, unit=start + k)
-                    found.append(Specimen(sample, qa.correct(policy.decode(answer.ids), question.answer), domain, start + k))
+                    right = qa.correct(policy.decode(answer.ids), question.answer, whole=len(answer.ids) < options.answer_tokens)
+                    found.append(Specimen(sample, right, domain, start + k))
                     step()
         return found
 
     return output.part(f"answers-{stage.key}-{name}", ask)
+
+
+def with_references(
+    found: Sequence[Specimen], policy: Policy, pool: Pool | None, name: str, options: Options, config: Config, output: Output
+) -> list[Specimen]:
+    """The specimens; in a domain with fewer than `--reference` positives these are replaced, all of them, by what an expert
+    did (turns of won episodes on games of the level), or by the solutions of the data set. They are off-policy."""
+    short = [d for d in DOMAINS if sum(s.positive and s.domain == d for s in found) < options.reference]
+    if not short:
+        return list(found)
+    theirs = output.part(f"references-{name}", lambda: list(_references(policy, pool, name, options, config)))
+    kept = [s for s in found if not (s.positive and s.domain in short)]
+    return kept + [s for s in theirs if s.domain in short]
+
+
+def _references(policy: Policy, pool: Pool | None, name: str, options: Options, config: Config) -> Iterator[Specimen]:
+    """Off-policy positives of both domains, about `samples` each. Those of one episode share their unit, as sampled ones do."""
+    unit = 1 << 20  # no unit of what was sampled
+
+    def specimen(prompt: str, response: str, domain: str) -> Specimen:
+        ids = policy.written(response)
+        return Specimen(Sample(policy.encode(prompt), ids, [1.0] * len(ids), [], unit=unit), True, domain, unit, source=REFERENCE)
+
+    if name != "env":
+        for domain, questions in by_domain(name, options, config.seed).items():
+            for q in questions[: options.samples]:
+                if q.solution:
+                    yield specimen(prompts.question_prompt(config.model.prompt, q.problem), q.solution, domain)
+                    unit += 1
+        return
+    assert pool is not None, "the environment's specimens come from its games"
+    for domain, level in two_levels(options.levels).items():
+        turns = 0
+        for episode in demonstrations(config, pool, level, options.games or options.samples, random.Random(config.seed), policy.count):
+            for example in episode:
+                yield specimen(example.prompt, example.response, domain)
+            turns, unit = turns + len(episode), unit + 1
+            if turns >= 4 * options.samples:  # enough to draw from, of more than a few games
+                break
 
 
 def by_domain(name: str, options: Options, seed: int) -> dict[str, list[qa.Question]]:

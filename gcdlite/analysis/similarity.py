@@ -46,7 +46,7 @@ def run(policy: Policy, pool: Pool | None, stages: Sequence[Stage], options: Opt
     for stage in stages:
         gather.enter(policy, stage)
         for name in sets:
-            found = specimens(policy, pool, name, options, config, output, stage)
+            found = gather.with_references(specimens(policy, pool, name, options, config, output, stage), policy, pool, name, options, config, output)
             measured = output.part(
                 f"similarity-{stage.key}-{name}",
                 lambda: measure(policy, found, options, config, output, f"iteration {stage.iteration}: gradients of {name}"),
@@ -58,6 +58,7 @@ def run(policy: Policy, pool: Pool | None, stages: Sequence[Stage], options: Opt
         + (f" (an estimate: mean of {DRAWS} random projections to rank {config.lora.r})" if options.parameters == "adapter" else "")
         + f"; low, high: ±1.96 bootstrap standard errors over episodes; ceiling: what two samples of these sizes from one and the same "
         f"population would give, from {SPLITS} split halves. Sampled at temperature {config.rollout.temperature:g}. Positive: {meaning(options.classes)}; MATH and GSM8K: right answers."
+        " source: who wrote a set's positives; reference: an expert, or the data set (off-policy). n: samples; units: episodes, or questions."
     )
     output.table("similarity", "Gradient similarity (new paper, Table 1)", rows, note)
     draw_figure(rows, note, output)
@@ -106,7 +107,11 @@ def measure(policy: Policy, found: Sequence[Specimen], options: Options, config:
     for pair, (a, b) in PAIRS.items():
         one = [r[pair] for r in results]
         middle = {key: average([r[key] for r in one]) for key in one[0]}
-        rows.append({"pair": pair} | middle | {"n_ID": len(sets["ID", a]), "n_OOD": len(sets["OOD", b])})
+        row = {"pair": pair} | middle
+        for domain, positive in (("ID", a), ("OOD", b)):
+            mine = sets[domain, positive]
+            row |= {f"n_{domain}": len(mine), f"units_{domain}": len({s.unit for s in mine}), f"source_{domain}": mine[0].source if mine else None}
+        rows.append(row)
     return rows
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ class Question:
     subject: str  # MATH's subject; "" for GSM8K
     problem: str
     answer: str
+    solution: str = ""  # the data set's own, which ends in the answer in a box
 
 
 def load(name: str, path: str | Path | None = None) -> list[Question]:
@@ -49,11 +51,13 @@ def load(name: str, path: str | Path | None = None) -> list[Question]:
 
 def _question(name: str, number: int, row: dict[str, Any]) -> Question:
     if name == "math":
-        return Question(row.get("unique_id", f"math/{number}"), row["subject"], row["problem"], row["answer"])
-    _, mark, final = row["answer"].partition("####")
+        return Question(row.get("unique_id", f"math/{number}"), row["subject"], row["problem"], row["answer"], row.get("solution", ""))
+    steps, mark, final = row["answer"].partition("####")
     if not mark:
         raise KeyError("'####' before its answer")
-    return Question(f"gsm8k/{number}", "", row["question"], final.strip().replace(",", ""))
+    final = final.strip().replace(",", "")
+    steps = re.sub(r"<<.*?>>", "", steps).strip()  # marks for a calculator
+    return Question(f"gsm8k/{number}", "", row["question"], final, f"{steps}\nThe answer is \\boxed{{{final}}}.")
 
 
 def _from_file(path: Path) -> list[dict[str, Any]]:
@@ -81,13 +85,16 @@ def domain(question: Question) -> str | None:
     return "ID" if question.subject in IN_DOMAIN else "OOD" if question.subject in OUT_OF_DOMAIN else None
 
 
-def correct(response: str, answer: str) -> bool:
-    """Whether the response's final answer equals the right one in value (math-verify parses and compares both).
+def correct(response: str, answer: str, whole: bool = True) -> bool:
+    """Whether the response's final answer equals the right one in value (math-verify parses and compares both). A response
+    that is not `whole`, cut off at its token limit, must have come to a box: its last number would be any number.
 
     >>> correct("so it is \\\\boxed{0.5}", "\\\\frac{1}{2}"), correct("maybe \\\\boxed{3}", "4")
     (True, False)
     """
     from math_verify import parse, verify
 
+    if not whole and "\\boxed{" not in response:
+        return False
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it tells of every answer that it cannot parse
     return bool(verify(parse(f"${answer}$"), parse(response)))

@@ -179,16 +179,16 @@ class Lesson:
 
 
 class Lessons:
-    """Episodes of the training fold that follow gold paths. The types take turns, so that those with hundreds of
+    """Episodes that follow gold paths, of the training fold or another level. The types take turns, so that those with hundreds of
     variations do not crowd out the others; those known to be too long for the turns are left out."""
 
-    def __init__(self, env: Env, variations: int = 0) -> None:
-        """`variations` of each type, evenly spread (0: all). Raises UserError when Java or the simulator is missing."""
+    def __init__(self, env: Env, variations: int = 0, level: str = "train") -> None:
+        """`variations` of each type, evenly spread (0: all), of a level. Raises UserError when Java or the simulator is missing."""
         self.env = env
         self.gold = GoldPaths("" if env.simplification == "none" else env.simplification, timeout=10 * env.timeout)
         hopeless = {TYPES[n][0] for n in too_long(env.max_turns, env.simplification)}
         self._tasks: dict[str, list[Task]] = {}
-        for task in level_tasks("train", env.protocol):
+        for task in level_tasks(level, env.protocol):
             if task.type not in hopeless:
                 self._tasks.setdefault(task.type, []).append(task)
         if variations:
