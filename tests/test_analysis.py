@@ -712,6 +712,47 @@ def test_every_analysis_leaves_tables_and_figures_and_resumes(name, more, files,
     assert "other settings (settings)" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def kept_run(games_root, tmp_path_factory):
+    """A run folder with the adapters of iterations 0, 1 and 2, which differ a lot; of the nano that ships, which does something."""
+    folder = tmp_path_factory.mktemp("kept") / "run"
+    config = check(
+        {
+            "steps": 2, "env": {"data": str(games_root), "max_turns": 4}, "model": {"name": "nano", "prompt": "brief"}, "lora": {"r": 4},
+            "rollout": {"groups": 2, "group_size": 4, "max_new_tokens": 32}, "gcd": {"max_new_tokens": 16, "group_size": 2},
+            "update": {"lr": 0.02, "warmup": 0}, "reward": {"inadmissible": 0.5}, "eval": {"before": False, "levels": []}, "checkpoint": {"keep_every": 1},
+        }
+    )  # fmt: skip
+    loop.train(config, folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "figures"),
+    [
+        ("similarity", ["--samples", "3", "--classes", "oracle"], ["similarity"]),
+        ("hidden", ["--samples", "4"], ["hidden"]),
+        ("behaviour", ["--turns", "2", "--resamples", "2"], ["behaviour", "success"]),
+        ("judgment", ["--samples", "2", "--levels", "L0,L2", "--at", "all"], ["judgment"]),
+    ],
+)
+def test_the_course_of_a_run(name, more, figures, kept_run, tmp_path):
+    """Every stage with its own adapter: what is found at one is what a look at that one alone finds."""
+    import run
+
+    def looked(folder, *words) -> list[dict]:
+        assert run.main(["analyze", name, str(kept_run), "--out", str(folder), "--games", "3", "--bootstrap", "10", *more, *words]) == 0
+        assert all("<svg" in (folder / f"{figure}.svg").read_text() for figure in figures)
+        return json.loads((folder / f"{name}.json").read_text())["rows"]
+
+    whole = looked(tmp_path / "all")
+    assert list(dict.fromkeys(r["iteration"] for r in whole)) == [0, 1, 2]
+    alone = looked(tmp_path / "one", "--at", "1")
+    assert alone == [r for r in whole if r["iteration"] == 1]
+    without = [[{k: v for k, v in r.items() if k != "iteration"} for r in whole if r["iteration"] == i] for i in (0, 2)]
+    assert name == "judgment" or without[0] != without[1]
+
+
 def test_influence_from_the_command_line(games_root, tmp_path, monkeypatch, capsys):
     """With the nano that ships, since an untrained model's answers hold no action."""
     import run

@@ -142,6 +142,7 @@ def draw_figure(rows: Sequence[dict], note: str, output: Output) -> None:
     ax.axhline(0.5, color="0.0", lw=0.8, ls=":")
     ax.set_ylim(0, 1.05)
     ax.set_ylabel("accuracy of the verdicts" + ("" if len(iterations) == 1 else ", balanced"))
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    if ax.containers:
+        ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     sizes = ", ".join(f"{r['level']} {r['n']}" for r in rows if r["class"] == "balanced" and r["iteration"] == iterations[-1])
     output.figure("judgment", figure, f"{note} Dotted: chance. Judged turns, half good and half bad: {sizes}; iteration {iterations[-1]}.")
