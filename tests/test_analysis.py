@@ -753,6 +753,35 @@ def test_the_course_of_a_run(name, more, figures, kept_run, tmp_path):
     assert name == "judgment" or without[0] != without[1]
 
 
+def test_an_interrupted_analysis_keeps_its_batches(policy, small_config, tmp_path, monkeypatch):
+    from gcdlite import envs
+
+    policy.rows, played = 2, []
+
+    def stops_at(last):
+        def play(policy, pool, tasks, *rest):
+            if len(played) == last:
+                raise KeyboardInterrupt
+            played.append([t.id for t in tasks])
+            return original(policy, pool, tasks, *rest)
+
+        return play
+
+    original, levels = gather.play, {"ID": "L0", "OOD": "L2"}
+    with envs.closing(envs.make(small_config)) as pool:
+        look = lambda folder: gather.episodes_of(policy, pool, levels, small_config, 4, output(folder), Stage(0, None))  # noqa: E731
+        straight = look(tmp_path / "straight")
+        monkeypatch.setattr(gather, "play", stops_at(3))
+        with pytest.raises(KeyboardInterrupt):
+            look(tmp_path / "stopped")
+        monkeypatch.setattr(gather, "play", stops_at(4))
+        resumed = look(tmp_path / "stopped")
+    assert len(played) == 4 and all(len(tasks) == 2 for tasks in played)  # only the batch that was cut off is played again
+    said = [[[t.response_ids for t in e.turns] for some in found.values() for e in some] for found in (straight, resumed)]
+    assert said[0] == said[1] and len(said[0]) == 8
+    assert said[0][0] != said[0][2]  # batches draw from generators of their own, not from equal ones
+
+
 def test_influence_from_the_command_line(games_root, tmp_path, monkeypatch, capsys):
     """With the nano that ships, since an untrained model's answers hold no action."""
     import run

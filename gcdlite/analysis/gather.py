@@ -11,8 +11,10 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -30,6 +32,7 @@ from gcdlite.records import Episode, Sample, UserError
 from gcdlite.rollout import play, sound
 from gcdlite.runlog import read_lines
 
+T = TypeVar("T")
 DOMAINS = ("ID", "OOD")
 SAMPLED, REFERENCE = "sampled", "reference"  # who wrote a specimen: the policy, or an expert or a data set
 
@@ -108,21 +111,31 @@ def episodes_of(
     stage: Stage,
     temperature: float | None = None,
 ) -> dict[str, list[Episode]]:
-    """One episode of each of `games` games a level (0: all), stratified by type, at the training temperature (or a given one)."""
+    """One episode of each of `games` games a level (0: all), stratified by type, at the training temperature (or a given one).
 
-    def level(name: str) -> list[Episode]:
-        tasks = stratified(pool.tasks(name), games)
-        rng = torch.Generator().manual_seed(config.seed)
-        played: list[Episode] = []
+    Each batch of `rollout.rows` games is kept as it is done, and draws from a generator of its own, so that nothing else is lost.
+    """
+    heat = config.rollout.temperature if temperature is None else temperature
+    played: dict[str, list[Episode]] = {}
+    for domain, name in levels.items():
+        tasks, played[domain] = stratified(pool.tasks(name), games), []
         with output.progress(f"iteration {stage.iteration}: playing {name}", len(tasks)) as step:
-            for start in range(0, len(tasks), policy.rows):
-                some = tasks[start : start + policy.rows]
-                played += play(policy, pool, some, config, rng, config.rollout.temperature if temperature is None else temperature)
+            for start, some in batches(tasks, policy.rows):
+                play_some = partial(play, policy, pool, some, config, batch_rng(config.seed, start), heat)
+                played[domain] += sound(output.part(f"episodes-{stage.key}-{name}-{start}", play_some))
                 for _ in some:
                     step()
-        return sound(played)
+    return played
 
-    return {domain: output.part(f"episodes-{stage.key}-{name}", lambda name=name: level(name)) for domain, name in levels.items()}
+
+def batches(items: Sequence[T], size: int) -> Iterator[tuple[int, Sequence[T]]]:
+    """(where it begins, its members) of each."""
+    return ((start, items[start : start + size]) for start in range(0, len(items), size))
+
+
+def batch_rng(seed: int, start: int) -> torch.Generator:
+    """The generator of the batch that begins there."""
+    return torch.Generator().manual_seed(random.Random(f"{seed} {start}").randrange(2**63))
 
 
 def check_classes(classes: str) -> str:
@@ -161,24 +174,27 @@ def answers(policy: Policy, name: str, options: Options, config: Config, output:
     MATH's domains are its subjects (new paper, App. A); GSM8K has none, so random halves stand in their places.
     """
 
-    def ask() -> list[Specimen]:
-        questions = by_domain(name, options, config.seed)
-        chosen = [(domain, q) for domain, some in questions.items() for q in some]
-        rng = torch.Generator().manual_seed(config.seed)
+    questions = by_domain(name, options, config.seed)
+    chosen = [(domain, q) for domain, some in questions.items() for q in some]
+
+    def ask(start: int, some: Sequence[tuple[str, qa.Question]]) -> list[Specimen]:
+        ids = [policy.encode(prompts.question_prompt(config.model.prompt, q.problem)) for _, q in some]
+        rng = batch_rng(config.seed, start)
+        done = policy.generate(ids, max_new_tokens=options.answer_tokens, temperature=config.rollout.temperature, rng=rng)
         found = []
-        with output.progress(f"iteration {stage.iteration}: answering {name}", len(chosen)) as step:
-            for start in range(0, len(chosen), policy.rows):
-                some = chosen[start : start + policy.rows]
-                ids = [policy.encode(prompts.question_prompt(config.model.prompt, q.problem)) for _, q in some]
-                done = policy.generate(ids, max_new_tokens=options.answer_tokens, temperature=config.rollout.temperature, rng=rng)
-                for k, ((domain, question), prompt, answer) in enumerate(zip(some, ids, done)):
-                    sample = Sample(prompt, answer.ids, [1.0] * len(answer.ids), answer.logprobs, unit=start + k)
-                    right = qa.correct(policy.decode(answer.ids), question.answer, whole=len(answer.ids) < options.answer_tokens)
-                    found.append(Specimen(sample, right, domain, start + k))
-                    step()
+        for k, ((domain, question), prompt, answer) in enumerate(zip(some, ids, done)):
+            sample = Sample(prompt, answer.ids, [1.0] * len(answer.ids), answer.logprobs, unit=start + k)
+            right = qa.correct(policy.decode(answer.ids), question.answer, whole=len(answer.ids) < options.answer_tokens)
+            found.append(Specimen(sample, right, domain, start + k))
         return found
 
-    return output.part(f"answers-{stage.key}-{name}", ask)
+    answered: list[Specimen] = []
+    with output.progress(f"iteration {stage.iteration}: answering {name}", len(chosen)) as step:
+        for start, some in batches(chosen, policy.rows):
+            answered += output.part(f"answers-{stage.key}-{name}-{start}", partial(ask, start, some))
+            for _ in some:
+                step()
+    return answered
 
 
 def with_references(
