@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gcdlite.advantages import TokenRows
-from gcdlite.backbone import plain
+from gcdlite.backbone import exact_logits, plain
 from gcdlite.config import Config
 from gcdlite.packing import hidden_states
 from gcdlite.policy import Policy, by_sample
@@ -72,7 +72,7 @@ def scores(policy: Policy, group: Group, config: Config, keep: str = "auto") -> 
 
     def errors(part: slice) -> Tensor:
         nonlocal left_out, total
-        g = prediction_errors(head(states[part]).float(), targets[part], config.rollout.temperature)
+        g = prediction_errors(exact_logits(head, states[part]), targets[part], config.rollout.temperature)
         if rows is None:
             return g
         kept = g[:, rows]

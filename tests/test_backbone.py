@@ -155,3 +155,12 @@ def test_what_is_computed_at_the_same_time_shares_the_token_budget(small_config,
         threads(n)
         most[n] = max(p.tokens for p in make_packs(policy, samples, small_config))
     assert most[2] <= 32 < most[1] <= 64
+
+
+def test_logits_are_exact_also_where_weights_are_in_half_precision():
+    torch.manual_seed(0)
+    head, hidden = torch.nn.Linear(64, 40_000, bias=True), 3 * torch.randn(5, 64)
+    wanted = head.bfloat16().float()(hidden.bfloat16().float())
+    head = head.bfloat16()
+    assert torch.allclose(backbone.exact_logits(head, hidden.bfloat16()), wanted, atol=1e-5)
+    assert (head(hidden.bfloat16()).float() - wanted).abs().max() > 1e-3  # what it is for

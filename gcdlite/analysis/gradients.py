@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from gcdlite.backbone import plain
+from gcdlite.backbone import exact_logits, plain
 from gcdlite.config import Config
 from gcdlite.packing import logprobs
 from gcdlite.policy import Policy, make_packs
@@ -192,7 +192,7 @@ def states(policy: Policy, sample: Sample, config: Config) -> tuple[Tensor, Tens
 @torch.no_grad()
 def errors(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     """g = e_y - pi of each token: (T, h), (T,) -> (T, V) in float32."""
-    g = -torch.softmax(head(hidden).float(), -1)
+    g = -torch.softmax(exact_logits(head, hidden), -1)
     g[torch.arange(len(targets), device=g.device), targets] += 1
     return g
 
