@@ -603,11 +603,13 @@ def test_consistency_is_the_share_of_equal_answers(policy, small_config, tmp_pat
 
     policy.generate = generate
     some = Options(resamples=4, turns=5, classes="oracle", bootstrap=20)
-    played = [episode(["look", "look", "go"], False), episode(["look", "look"], False)]
+    played = [episode(["look", "look", "go"], True), episode(["look", "look"], False)]
     found = behaviour.ask_again(policy, played, some, small_config, output(tmp_path), Stage(0, None))
     assert found["repeated"] == [(0, 0.75), (1, 0.75)] or found["repeated"] == [(1, 0.75), (0, 0.75)]
-    row = behaviour.consistency_rows(found, some, 0)[0]
-    assert (row["turns"], row["n"], row["consistency"], row["high_share"]) == ("repeated", 2, 0.75, 1.0)
+    rows = behaviour.consistency_rows({"repeated": [(0, 0.75), (1, 0.25), (1, 0.25)]}, [True, False], some, 0)
+    assert [(r["outcome"], r["n"], r["consistency"], r["high_share"]) for r in rows] == [
+        ("won", 1, 0.75, 1.0), ("lost", 2, 0.25, 0.0), ("all", 3, pytest.approx(1.25 / 3), pytest.approx(1 / 3)),
+    ]  # fmt: skip
 
 
 def test_judgment_accuracy_by_hand():

@@ -52,7 +52,7 @@ def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, c
             success += [at | {"level": levels[domain], "domain": domain} | r for r in by_type(played)]
         everything = [e for played in episodes.values() for e in played]
         asked = output.part(f"consistency-{stage.key}", lambda: ask_again(policy, everything, options, config, output, stage))
-        consistency += [at | r for r in consistency_rows(asked, options, config.seed)]
+        consistency += [at | r for r in consistency_rows(asked, [e.won for e in everything], options, config.seed)]
     how = "greedily" if config.eval.temperature == 0 else f"at temperature {config.eval.temperature:g}"
     note = (
         f"Episodes played {how}. Shares are over turns, ± 1.96 bootstrap standard errors over episodes; repeated: same action as the turn "
@@ -61,7 +61,7 @@ def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, c
     output.table("behaviour", "Flawed actions (new paper, Fig. 8, Table 5; old paper, Figs 2, 10a)", rows, note)
     about = (
         f"Share of {options.resamples} answers drawn again at temperature {config.rollout.temperature:g} whose action is the one taken; high: "
-        f"{HIGH:.0%} or more. Good, bad: by the {options.classes} labeller. ± 1.96 bootstrap standard errors over episodes."
+        f"{HIGH:.0%} or more ('of high': the share of such turns). Good, bad: by the {options.classes} labeller. ± 1.96 bootstrap standard errors over episodes."
     )
     output.table("consistency", "Consistency of turns (old paper, Figs 1, 5)", consistency, about)
     by = f"Episodes played {how}; Wilson 95 % intervals."
@@ -136,26 +136,18 @@ def ask_again(
     return found
 
 
-def consistency_rows(asked: dict[str, list[tuple[int, float]]], options: Options, seed: int) -> list[dict[str, Any]]:
-    """Mean consistency and the share of highly consistent turns, by kind of turn."""
+def consistency_rows(asked: dict[str, list[tuple[int, float]]], won: Sequence[bool], options: Options, seed: int) -> list[dict[str, Any]]:
+    """Mean consistency and the share of highly consistent turns, by kind of turn, in episodes that were won, lost, and all."""
     rows = []
-    for kind, values in asked.items():
-        units = [i for i, _ in values]
-        mean, low, high = gather.bootstrap_mean([v for _, v in values], units, options.bootstrap, seed, share=True)
-        often = [float(v >= HIGH) for _, v in values]
-        share, share_low, share_high = gather.bootstrap_mean(often, units, options.bootstrap, seed, share=True)
-        rows.append(
-            {
-                "turns": kind,
-                "n": len(values),
-                "consistency": mean,
-                "low": low,
-                "high": high,
-                "high_share": share,
-                "high_share_low": share_low,
-                "high_share_high": share_high,
-            }
-        )
+    for kind, every in asked.items():
+        for outcome, counted in (("won", {True}), ("lost", {False}), ("all", {True, False})):
+            values = [(i, value) for i, value in every if won[i] in counted]
+            units = [i for i, _ in values]
+            row: dict[str, Any] = {"turns": kind, "outcome": outcome, "n": len(values)}
+            for name, numbers in (("consistency", [v for _, v in values]), ("high_share", [float(v >= HIGH) for _, v in values])):
+                mean = gather.bootstrap_mean(numbers, units, options.bootstrap, seed, share=True)
+                row |= dict(zip((name, f"{name}_low", f"{name}_high"), mean))
+            rows.append(row)
     return rows
 
 
@@ -190,8 +182,10 @@ def draw_flaws(rows: Sequence[dict], consistency: Sequence[dict], note: str, out
             out.series(ax, i, *shifted(mine, i, iterations, key, f"{key}_low", f"{key}_high"), label=f"{level} {outcome}")
         ax.set_ylabel(text)
     for i, kind in enumerate(("repeated", "good", "bad")):
-        mine = [r for r in consistency if r["turns"] == kind]
-        out.series(panels[1][0], i, *shifted(mine, i, iterations, "consistency", "low", "high"), label=f"{kind} turns")
+        mine = [r for r in consistency if r["turns"] == kind and r["outcome"] == "all"]
+        out.series(panels[1][0], i, *shifted(mine, i, iterations, "consistency", "consistency_low", "consistency_high"), label=f"{kind} turns")
+    mine = [r for r in consistency if r["turns"] == "repeated" and r["outcome"] == "all"]
+    out.series(panels[1][0], 3, *shifted(mine, 3, iterations, "high_share", "high_share_low", "high_share_high"), label="repeated, of high")
     panels[1][0].set_ylabel("consistency, share of equal answers")
     for ax in panels.flat:
         ax.set_xlabel("training iteration")
@@ -203,7 +197,7 @@ def draw_flaws(rows: Sequence[dict], consistency: Sequence[dict], note: str, out
             ax.legend(**place)
     last = [r for r in rows if r["iteration"] == iterations[-1] and r["outcome"] != "all"]
     sizes = ", ".join(f"{r['level']} {r['outcome']} {r['episodes']} episodes ({r['turns']} turns)" for r in last)
-    asked = ", ".join(f"{r['n']} {r['turns']}" for r in consistency if r["iteration"] == iterations[-1])
+    asked = ", ".join(f"{r['n']} {r['turns']}" for r in consistency if r["iteration"] == iterations[-1] and r["outcome"] == "all")
     output.figure("behaviour", figure, f"{note} Last iteration: {sizes}; turns asked again: {asked}.")
 
 
