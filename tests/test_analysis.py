@@ -10,7 +10,7 @@ from torch import nn
 
 from gcdlite import checkpoint, prompts
 from gcdlite import train as loop
-from gcdlite.analysis import Options, behaviour, conflict, gather, gradients, hidden, influence, judgment, options, similarity
+from gcdlite.analysis import Options, behaviour, conflict, gather, gradients, hidden, influence, inputs, judgment, options, similarity
 from gcdlite.analysis.gather import Specimen, Stage
 from gcdlite.analysis.gradients import Head, Trained, collect, sketch, space
 from gcdlite.analysis.output import Output
@@ -311,6 +311,42 @@ def test_conflict_refuses_what_has_to_ask(algo, classes, part, policy, small_con
         conflict.run(policy, None, [Stage(0, None)], Options(classes=classes), small_config, output(tmp_path))
 
 
+def test_a_prompts_mean_state_is_the_models_own(policy):
+    ids = list(range(5, 17))
+    states = policy.model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0]
+    seen = []
+    assert torch.allclose(inputs.mean_state(policy, ids, lambda: seen.append(1)), states.mean(0), atol=1e-5) and seen == [1]
+
+
+def test_tokens_that_carry_coupling_are_added_up_by_hand(tmp_path):
+    first = hidden.Told(pieces=["go", " to"], parts=["action", "format"], cross=[3.0, -1.0], same=[1.0, 0.0], positive=True, domain="ID", action="go to")
+    other = hidden.Told(pieces=["go"], parts=["think"], cross=[-4.0], same=[2.0], positive=False, domain="OOD", action="go")
+    hidden.show_tokens([first, other], Stage(2, None), where := output(tmp_path))
+    tokens = json.loads((tmp_path / "tokens.json").read_text())["rows"]
+    assert [(r["token"], r["part"], r["times"], r["share"], r["mean_cross"], r["mean_same"]) for r in tokens] == [
+        ("'go'", "think", 1, 0.5, -4.0, 2.0), ("'go'", "action", 1, 0.375, 3.0, 1.0), ("' to'", "format", 1, 0.125, -1.0, 0.0),
+    ]  # fmt: skip
+    parts = {r["part"]: r for r in json.loads((tmp_path / "parts.json").read_text())["rows"]}
+    assert (parts["think"]["share"], parts["action"]["tokens"], parts["format"]["mean_cross"]) == (0.5, 1, -1.0)
+    styles = {text: str(style) for text, style in ((hidden.shaded(other, 4.0).plain[s.start : s.end], s.style) for s in hidden.shaded(other, 4.0).spans)}
+    assert styles["go"] == "underline black on rgb(105,105,105)"  # negative, and the darkest
+    drawn = {t.get_text() for t in hidden.text_figure([first, other]).axes[0].texts}
+    assert {"g", "o", "B", "D"} <= drawn and where
+
+
+def test_turns_to_compare_are_drawn_evenly_and_stand_by_action(policy):
+    found = spoken(policy, ["look", "open box", "go to desk"] * 8)
+    for i, s in enumerate(found):
+        s.positive, s.domain = i % 4 < 2, gather.DOMAINS[i % 2]
+    found += [Specimen(found[0].sample, True, "ID", 99, "nothing was said")]
+    found[-1].sample = Sample([1, 2], [5, 6], [1.0, 1.0], [0.0, 0.0])  # without an action
+    chosen = influence.choose(policy, found, 8, 0)
+    assert [s.action for s in chosen] == sorted(s.action for s in chosen) and len(chosen) == 8 and all(s.unit < 24 for s in chosen)
+    assert {(d, c): sum((s.domain, s.positive) == (d, c) for s in chosen) for d in gather.DOMAINS for c in (True, False)} == {
+        (d, c): 2 for d in gather.DOMAINS for c in (True, False)
+    }
+
+
 # --- questions
 
 
@@ -345,6 +381,14 @@ def test_solutions_end_in_the_answer(tmp_path):
 def test_a_response_that_was_cut_off_needs_its_box():
     assert qa.correct("first 3, then 4", "4") and not qa.correct("first 3, then 4", "4", whole=False)
     assert qa.correct("\\boxed{4} and so", "4", whole=False)
+
+
+def test_subjects_of_math_are_its_domains(tmp_path, small_config):
+    rows = [{"problem": f"p{i}", "answer": "1", "subject": subject} for i, subject in enumerate(["Algebra", "Geometry", "Number Theory", "Precalculus"] * 3)]
+    (tmp_path / "math.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = gather.by_domain("math", Options(math=str(tmp_path / "math.jsonl"), games=5), 0)
+    assert {d: {q.subject for q in some} for d, some in found.items()} == {"ID": {"Geometry", "Number Theory"}, "OOD": {"Algebra", "Precalculus"}}
+    assert [len(some) for some in found.values()] == [5, 5]
 
 
 def test_questions_that_are_none(tmp_path):
