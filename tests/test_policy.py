@@ -9,9 +9,9 @@ import torch
 
 from gcdlite.coldstart import encode
 from gcdlite.config import check
-from gcdlite.lessons import Style, reminders
+from gcdlite.lessons import Style, orders, reminders
 from gcdlite.nano import build_model, build_tokenizer
-from gcdlite.policy import NANO, Policy, load_tokenizer, resolve
+from gcdlite.policy import NANO, NANOS, Policy, load_tokenizer, resolve
 from gcdlite.records import UserError
 
 
@@ -204,13 +204,15 @@ def test_checkpointed_layers_give_the_same_update(small_config):
 
 
 @pytest.mark.skipif(not (NANO / "model.safetensors").is_file(), reason="the nano weights are not made yet")
-def test_the_shipped_nano():
+@pytest.mark.parametrize("name", NANOS)
+def test_the_shipped_nanos(name):
     import json
 
-    policy = Policy(check({"model": {"name": "nano", "prompt": "brief"}}))
-    made = json.loads((NANO / "made.json").read_text())
+    folder = NANO.parent / name
+    policy = Policy(check({"model": {"name": name, "prompt": "brief"}}))
+    made = json.loads((folder / "made.json").read_text())
     base = sum(p.numel() for n, p in policy.model.named_parameters() if "lora" not in n)
-    assert base == made["parameters"] and (NANO / "model.safetensors").stat().st_size <= 4_000_000
+    assert base == made["parameters"] and (folder / "model.safetensors").stat().st_size <= 4_000_000
     assert made["command"].startswith("python run.py coldstart") and made["minutes"] > 0
     assert check({"coldstart": made["coldstart"]}).coldstart.from_scratch  # today's settings can make it again
 
@@ -237,3 +239,18 @@ def test_the_shipped_nano_reads():
             if match[1]:
                 number.append(share(match.start(1)))
     assert len(number) > 50 and sum(there) / len(there) > 0.85 and sum(number) / len(number) > 0.9
+
+
+def test_scienceworlds_nano_copies_names_that_it_cannot_know():
+    """Names of several words, also strange ones: it once wrote those of other tasks in their place."""
+    folder = NANO.parent / "nano-scienceworld"
+    things = ["metal pot", "orange juice", "giant tortoise", "yellow light bulb", "sodium chloride", "unknown substance", "axe", "finger painting"]
+    commands = [f"{verb} {thing}" for verb in ("focus on", "pick up", "open", "move") for thing in things]
+    model, tokenizer = Policy(check({"model": {"name": "nano-scienceworld", "prompt": "brief"}})).model, load_tokenizer(folder)
+    right = []
+    for lesson in orders(commands, things, 12, random.Random(0)):
+        ids, begin = encode(tokenizer, lesson)
+        with torch.no_grad():
+            likeliest = model(torch.tensor([ids], device=model.device)).logits[0].argmax(-1).tolist()
+        right += [guess == token for guess, token in zip(likeliest[begin - 1 :], ids[begin:])]
+    assert sum(right) / len(right) > 0.8  # .3 to .4 without such lessons
