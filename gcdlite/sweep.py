@@ -476,6 +476,7 @@ def table(recipe: Recipe, root: Path) -> list[dict[str, Any]]:
                     "arm": arm,
                     "level": level,
                     "labeller": config.gcd.labeller if config.gcd.enabled else None,
+                    "head": config.gcd.head if config.gcd.enabled else None,
                     "suggest_by": config.gcd.suggest_by if config.gcd.suggest else None,
                     "seeds": sorted(after),
                     "planned": len(mine),
@@ -586,6 +587,8 @@ def label(row: dict[str, Any]) -> str:
     notes = []
     if labeller := row["labeller"]:
         notes.append(f"{labeller} labels: an upper bound, not GCD" if "oracle" in labeller.split("+") else f"{labeller} labels")
+    if row["head"] == "value":
+        notes.append("a value head, not GCD")
     if row["suggest_by"]:
         notes.append(f"suggestions by {row['suggest_by']}")
     if row["planned"] == 1:

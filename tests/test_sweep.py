@@ -432,7 +432,7 @@ def test_a_model_that_is_not_trained_serves_as_before(tmp_path):
 def test_the_text_names_labellers_seeds_and_what_was_not_run(tmp_path):
     arms = {
         "a": {}, "rules": {"gcd.enabled": True}, "best": {"gcd.enabled": True, "gcd.labeller": "rules+oracle", "against": "rules"},
-        "hints": {"gcd.enabled": True, "gcd.suggest": True, "seeds": [0]},
+        "hints": {"gcd.enabled": True, "gcd.suggest": True, "seeds": [0]}, "head": {"gcd.enabled": True, "gcd.head": "value", "seeds": [0]},
     }  # fmt: skip
     paper = {"a": {"L0": 82.7}, "future": {"L0": 1}}
     recipe = written(tmp_path, arms=arms, seeds=[0, 1], settings={"reward.inadmissible": 0.1}, absent={"future": "no such start"}, paper=paper)
@@ -448,6 +448,7 @@ def test_the_text_names_labellers_seeds_and_what_was_not_run(tmp_path):
     assert "| best (rules+oracle labels: an upper bound, not GCD, 1 of 2 seeds) | L0 |  | – | 50.0 (10–90) | – | +0.0 (to rules) |" in first
     assert "| hints (rules labels, suggestions by template, one seed) | L0 |" in first
     assert "| future | L0 | 1.0 |  | not run: no such start |" in first
+    assert "| head (rules labels, a value head, not GCD, one seed) | L0 |" in first
     assert "| a | L1 |  |  | not run |" in first
     assert "generated games" in first and "protocol single" in first and "charged 0.1" in first and "python run.py sweep r" in first
     widths = {line.count("|") for line in first.splitlines() if line.startswith("|")}
