@@ -25,6 +25,7 @@ class Server:
     def __init__(self):
         self.answer = lambda number, question: "<think>x</think>\\boxed{1}"
         self.trouble = lambda number: None
+        self.patience = None  # what it says in Retry-After
         self.requests, self.keys, self.open, self.most_open = [], set(), 0, 0
         self.lock = threading.Lock()
         server = self
@@ -78,6 +79,8 @@ class Server:
             def send(self, status, body, kind="application/json"):
                 data = body if isinstance(body, bytes) else body.encode()
                 self.send_response(status)
+                if server.patience is not None and status >= 400:
+                    self.send_header("Retry-After", str(server.patience))
                 self.send_header("Content-Type", kind)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()

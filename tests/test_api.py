@@ -86,6 +86,18 @@ def test_the_wait_between_tries_doubles(server, client, monkeypatch):
     assert all(0.5 * 0.2 * 2**k <= wait <= 1.5 * 0.2 * 2**k for k, wait in enumerate(waits))
 
 
+def test_a_server_says_how_long_to_wait(server, client, monkeypatch):
+    waits = []
+
+    async def sleep(seconds):
+        waits.append(seconds)
+
+    monkeypatch.setattr(apis.asyncio, "sleep", sleep)
+    server.trouble, server.patience = lambda number: 429 if number < 2 else None, 7
+    assert client(retries=3, backoff=0.2).ask(["a"]) == [["<think>x</think>\\boxed{1}"]]
+    assert waits == [7, 7]
+
+
 @pytest.mark.parametrize(("header", "seconds"), [("7", 7), ("0.5", 0.5), ("9999", 60), ("-3", 0), ("nan", 0), ("Sun, 22 Nov", 0), (None, 0)])
 def test_retry_after(header, seconds):
     assert apis._retry_after(header) == seconds

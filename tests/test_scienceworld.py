@@ -574,6 +574,25 @@ def test_the_cold_start_learns_from_gold_paths_and_the_oracles_verdicts(monkeypa
         assert "science tasks" in e.prompt and (value == 0 or judged_action in BEAR_PATH)
 
 
+@real
+def test_other_variants_show_what_comes_next_or_labels(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(experts, "level_tasks", lambda level, protocol: [BEAR])
+    made = {}
+    for variant in ("vanilla", "future", "value"):
+        settings = {"env": {"name": "scienceworld"}, "coldstart": {"variant": variant, "trajectories": 1, "judgments": 4, "deviate": 0.0}}
+        made[variant] = coldstart.science_lessons(check(settings), random.Random(0), words)
+    assert [e.kind for e in made["vanilla"]] == ["expert"] * len(BEAR_PATH)
+    ahead = [e for e in made["future"] if e.kind == "future"]
+    assert len(ahead) == 4 and all("science tasks" in e.prompt for e in ahead)
+    for e in ahead:  # the simulator's own answer, without the room
+        command = e.prompt.rsplit("\n", 1)[1]
+        assert e.response and "This room is called" not in e.response or command.startswith("look")
+    assert any(e.response == "You move to the greenhouse." for e in ahead) or any("door is now open" in e.response for e in ahead)
+    labelled = [e for e in made["value"] if e.kind == "value"]
+    assert [e.label for e in labelled] == [0, 0, 1, 1] and not any(prompts.parse_response(e.response)[1] for e in labelled)
+
+
 def test_lessons_are_of_a_few_variations_of_each_type_that_can_be_won(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for simplification, kinds in (("none", 20 - 4), ("easy", 20 - 3)):  # of those that are trained on; easy has grow-plant
