@@ -665,6 +665,29 @@ def test_judgment_accuracy_by_hand():
     assert judgment.table_rows([(1, 1)], [])[2]["accuracy"] is None
 
 
+def test_verdicts_are_compared_with_the_chosen_labeller(policy, small_config, monkeypatch):
+    from gcdlite.records import Judgment, LabelledTurn
+
+    turns = [Turn(f"room {i}", [], [1], [2], [-1.0], "r", f"act {i}", False, True, bare_prompt="p") for i in range(8)]
+    played = [Episode(Task("t", "t", "t"), "", turns[:4], won=True), Episode(Task("t", "t", "t"), "", turns[4:])]
+    truth = {"oracle": lambda i: i % 2, "rules": lambda i: 0}
+    asked = []
+
+    def judge(policy, targets, **how):
+        asked.append(how["success_rate"])
+        return [Judgment(t, [1], [2], [-1.0], "", int(int(t.turn.action[4:]) < 4)) for t in targets]  # says good of the first four
+
+    def label(episodes, labeller, uninformative):
+        numbers = range(8) if labeller == "oracle" else (1, 2)
+        return [LabelledTurn(turns[i], truth[labeller](i), labeller) for i in numbers]
+
+    monkeypatch.setattr(judgment, "label", label)
+    monkeypatch.setattr(judgment.judging, "judge", judge)
+    good, bad, both = judgment.measure(policy, played, Options(samples=8, classes="oracle"), small_config)
+    assert (good["n"], good["accuracy"], bad["n"], bad["accuracy"], both["accuracy"]) == (4, 0.5, 4, 0.5, 0.5)
+    assert (good["rules"], good["n_rules"], bad["rules"], bad["n_rules"]) == (0.0, 1, 1.0, 1) and asked == [0.5]
+
+
 def test_a_share_of_one_has_error_bars(tmp_path):
     """Wilson's upper bound of 24 out of 24 is 1 but for rounding, and no error bar may have a negative length."""
     rows = judgment.table_rows([(1, 1)] * 24 + [(0, 0)] * 24, [])
