@@ -906,7 +906,7 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
 def test_without_labels_the_tables_say_that_there_are_none(policy, small_config, tmp_path):
     """An environment may know no plans: the oracle then labels nothing."""
     assert gather.specimens({"ID": [episode("ab", True)], "OOD": []}, "oracle", small_config) == []
-    row = behaviour.consistency_rows({"good": [], "bad": []}, Options(), 0)[0]
+    row = behaviour.consistency_rows({"good": [], "bad": []}, [], Options(), 0)[0]
     assert row["n"] == 0 and row["consistency"] is None
     rows, told = hidden.measure(policy, [], Options(), small_config, output(tmp_path), "x")
     assert [r["gap"] for r in rows] == [None, None] and told == []
