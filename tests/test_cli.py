@@ -389,6 +389,14 @@ def test_a_secret_typed_by_mistake_is_not_repeated(capsys, elsewhere):
     assert left_behind(elsewhere) == []
 
 
+def test_a_narrow_terminal_keeps_the_names_of_levels():
+    table = dashboard.result_table(["level", "before", "after", "change", "judge"])
+    table.add_row("L0", *["16.7 % (3–56, n 6) score 28.7 ± 24.6"] * 2, "+16.7", "50.0 % → 50.0 %")
+    console = Console(width=80, file=io.StringIO())
+    console.print(table)
+    assert "\nL0 " in console.file.getvalue()
+
+
 def test_scienceworlds_score_is_shown_in_training():
     science = settings(env={"name": "scienceworld"})
     event = EVENTS[3] | {"rollout/score": 37.25}

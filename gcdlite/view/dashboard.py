@@ -499,8 +499,8 @@ def decoding(temperature: float) -> str:
 
 def result_table(names: Sequence[str]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
-    for name in names:
-        table.add_column(name, no_wrap=True)
+    for k, name in enumerate(names):
+        table.add_column(name, no_wrap=True, min_width=len(name) if k == 0 else None)  # where all is too wide, the rows keep their names
     return table
 
 
