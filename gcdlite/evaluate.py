@@ -17,7 +17,7 @@ from gcdlite.gcd import judge as judging
 from gcdlite.gcd import value as value_head
 from gcdlite.gcd.labels import label
 from gcdlite.policy import Policy
-from gcdlite.records import Episode
+from gcdlite.records import Episode, Judgment, LabelledTurn
 from gcdlite.rollout import metrics, play, sound
 
 
@@ -61,16 +61,20 @@ def evaluate(policy: Policy, pool: Pool, level: str, config: Config, batch: int 
         out[f"{name}/{key}"] = played[f"rollout/{key}"]
     if config.eval.judge_turns:
         targets = judging.select(label(whole, "oracle"), [], config.eval.judge_turns, random.Random(config.seed))
-        if policy.value_head:
-            judgments = value_head.classify(policy, targets)
-        else:
-            judgments = judging.judge(
-                policy, targets, group_size=1, success_rate=out[name], style=config.model.prompt,
-                max_new_tokens=config.gcd.max_new_tokens, temperature=0.0, rng=rng,
-            )  # fmt: skip
+        judgments = judgments_of(policy, targets, out[name], config, rng)
         out |= {f"{name}/judge_{key}": value for key, value in judging.accuracy(judgments).items()}
         out[f"{name}/judge_n"] = len(judgments)
     return out, episodes
+
+
+def judgments_of(policy: Policy, targets: Sequence[LabelledTurn], success_rate: float, config: Config, rng: torch.Generator) -> list[Judgment]:
+    """One judgment a turn: by the policy's value head, or without one in words, greedily."""
+    if policy.value_head:
+        return value_head.classify(policy, targets)
+    return judging.judge(
+        policy, targets, group_size=1, success_rate=success_rate, style=config.model.prompt,
+        max_new_tokens=config.gcd.max_new_tokens, temperature=0.0, rng=rng,
+    )  # fmt: skip
 
 
 def success(name: str, episodes: Sequence[Episode]) -> dict[str, float]:

@@ -77,10 +77,6 @@ class Policy:
         before, after = self._start
         return self.tokenizer(before + text + after, add_special_tokens=False)["input_ids"]
 
-    def written(self, text: str) -> list[int]:
-        """Token ids of an answer as the model would have written it, with the token that ends it."""
-        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
-
     def count(self, text: str) -> int:
         """Tokens of a text by itself."""
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])

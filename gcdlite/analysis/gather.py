@@ -21,12 +21,13 @@ import torch
 from gcdlite import checkpoint, prompts
 from gcdlite.analysis import Options
 from gcdlite.analysis.output import Output
-from gcdlite.coldstart import demonstrations
+from gcdlite.coldstart import demonstrations, encode
 from gcdlite.config import Config
 from gcdlite.envs import qa
 from gcdlite.envs.alfworld.games import stratified
 from gcdlite.envs.base import Pool
 from gcdlite.gcd.labels import LABELLERS, label
+from gcdlite.lessons import Example
 from gcdlite.policy import Policy
 from gcdlite.records import Episode, Sample, UserError
 from gcdlite.rollout import play, sound
@@ -214,15 +215,15 @@ def _references(policy: Policy, pool: Pool | None, name: str, options: Options, 
     """Off-policy positives of both domains, about `samples` each. Those of one episode share their unit, as sampled ones do."""
     unit = 1 << 20  # no unit of what was sampled
 
-    def specimen(prompt: str, response: str, domain: str) -> Specimen:
-        ids = policy.written(response)
-        return Specimen(Sample(policy.encode(prompt), ids, [1.0] * len(ids), [], unit=unit), True, domain, unit, source=REFERENCE)
+    def specimen(example: Example, domain: str) -> Specimen:
+        ids, begin = encode(policy.tokenizer, example)
+        return Specimen(Sample(ids[:begin], ids[begin:], [1.0] * (len(ids) - begin), [], unit=unit), True, domain, unit, source=REFERENCE)
 
     if name != "env":
         for domain, questions in by_domain(name, options, config.seed).items():
             for q in questions[: options.samples]:
                 if q.solution:
-                    yield specimen(prompts.question_prompt(config.model.prompt, q.problem), q.solution, domain)
+                    yield specimen(Example(prompts.question_prompt(config.model.prompt, q.problem), q.solution, "expert"), domain)
                     unit += 1
         return
     assert pool is not None, "the environment's specimens come from its games"
@@ -230,7 +231,7 @@ def _references(policy: Policy, pool: Pool | None, name: str, options: Options, 
         turns = 0
         for episode in demonstrations(config, pool, level, options.games or options.samples, random.Random(config.seed), policy.count):
             for example in episode:
-                yield specimen(example.prompt, example.response, domain)
+                yield specimen(example, domain)
             turns, unit = turns + len(episode), unit + 1
             if turns >= 4 * options.samples:  # enough to draw from, of more than a few games
                 break

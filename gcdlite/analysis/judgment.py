@@ -18,9 +18,8 @@ from gcdlite.analysis.gather import Stage
 from gcdlite.analysis.output import Output
 from gcdlite.config import Config
 from gcdlite.envs.base import Pool
-from gcdlite.evaluate import wilson
+from gcdlite.evaluate import judgments_of, wilson
 from gcdlite.gcd import judge as judging
-from gcdlite.gcd import value as value_head
 from gcdlite.gcd.labels import label
 from gcdlite.policy import Policy
 from gcdlite.records import Episode, UserError
@@ -74,16 +73,9 @@ def measure(policy: Policy, episodes: Sequence[Episode], options: Options, confi
     labelled = label(episodes, options.classes, config.gcd.uninformative)
     targets = judging.select(labelled, [], 2 * options.samples, random.Random(config.seed))
     won = sum(e.won for e in episodes) / max(1, len(episodes))
-    if policy.value_head:
-        judgments = value_head.classify(policy, targets)
-    else:
-        judgments = judging.judge(
-            policy, targets, group_size=1, success_rate=won, style=config.model.prompt, max_new_tokens=config.gcd.max_new_tokens,
-            temperature=0.0, rng=torch.Generator().manual_seed(config.seed),
-        )  # fmt: skip
+    judgments = judgments_of(policy, targets, won, config, torch.Generator().manual_seed(config.seed))
     rules = {id(t.turn): t.label for t in label(episodes, "rules", config.gcd.uninformative)}
-    verdicts = [(j.target.label, j.verdict) for j in judgments]
-    return table_rows(verdicts, [(t.label, rules[id(t.turn)]) for t in targets if id(t.turn) in rules])
+    return table_rows([(j.target.label, j.verdict) for j in judgments], [(t.label, rules[id(t.turn)]) for t in targets if id(t.turn) in rules])
 
 
 def table_rows(verdicts: Sequence[tuple[int, int | None]], rules: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
