@@ -115,13 +115,13 @@ def add_labels(parser: argparse.ArgumentParser) -> None:
 
 def add_analyze(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="; ".join(f"{name}: {text}" for name, text in analysis.NAMES.items()))
-    parser.add_argument("words", nargs="*", default=[], metavar="RUN", help="a run folder (unset: the model as it is), and section.field=value")
+    parser.add_argument("words", nargs="*", default=[], metavar="RUN", help="run folders (none: the model as it is), and section.field=value")
     parser.add_argument("--out", required=True, metavar="DIR", help="where tables and figures go; the same command goes on there")
     for option in ("--config", "--model", "--env"):
         _, name, metavar, text = next(f for f in RUN_FLAGS if f[0] == option)
         parser.add_argument(option, dest=name, metavar=metavar, help=f"without RUN: {text}")
     for flag, kind, metavar, readers, text in analysis.FLAGS:
-        text = f"{', '.join(readers) if len(readers) < 5 else 'all but theory'}: {text}"
+        text = f"{', '.join(readers) if len(readers) < 5 else 'all but curves, theory'}: {text}"
         if kind is bool:
             parser.add_argument(flag, action="store_true", default=None, help=text)
         else:
@@ -312,22 +312,23 @@ def analyze(args: argparse.Namespace, faults: list[str]) -> int:
         raise UserError(f"unknown analysis {args.name!r}{nearest(args.name, analysis.NAMES)} (analyses: {', '.join(analysis.NAMES)})")
     folders = [w for w in args.words if "=" not in w]
     settings = [w for w in args.words if "=" in w]
-    if len(folders) > 1:
-        raise UserError(f"analyze takes one run folder, not {', '.join(folders)}")
-    options = analysis.options(args.name, {name: getattr(args, name) for name in map(analysis.field, analysis.FLAGS)})
-    if args.name == "theory":
-        if args.words:
-            raise UserError(f"theory needs no model: leave {args.words[0]} out")
-        from gcdlite.analysis import output, theory
+    given = {name: getattr(args, name) for name in map(analysis.field, analysis.FLAGS)}
+    options = analysis.options(args.name, given, [Path(folder) for folder in folders])
+    if args.name in ("curves", "theory"):
+        if wrong := settings if args.name == "curves" else args.words:
+            raise UserError(f"{args.name} needs no model: leave {wrong[0]} out")
+        from gcdlite.analysis import curves, output, theory
 
-        theory.run(options, output.open_output(args.name, options, None, Path(args.out)))
+        if args.name == "curves":
+            curves.check(options)
+        module = curves if args.name == "curves" else theory
+        module.run(options, output.open_output(args.name, options, None, Path(args.out)))
         return 0
     flags = {name: getattr(args, name) for name in ("config", "model.name", "env.name")}
     if folders:
         if given := [name for name, value in flags.items() if value]:
             raise UserError(f"{given[0]} cannot change: the run {folders[0]} has its own")
-        options.run = Path(folders[0])
-        config = of_run(options.run, settings, [], fixed=("lora.", "model.adapter", "model.name"))
+        config = of_run(options.runs[0], settings, [], fixed=("lora.", "model.adapter", "model.name"))
     else:
         blank = {dest: None for _, dest, *_ in RUN_FLAGS}
         config = chosen(argparse.Namespace(**blank | flags | {"settings": settings}), [])[1]

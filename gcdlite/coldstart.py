@@ -14,7 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from gcdlite.envs.alfworld import generated_root
 from gcdlite.envs.alfworld.engine import Game
 from gcdlite.envs.alfworld.experts import Prior
 from gcdlite.envs.alfworld.games import IN_DOMAIN, OUT_OF_DOMAIN, find_games
-from gcdlite.envs.scienceworld.experts import ROOMS, Lesson, Lessons, astray, goal, thought
+from gcdlite.envs.scienceworld.experts import ROOMS, Lesson, Lessons, astray, goal, hasty, thought
 from gcdlite.gcd.labels import verdict
 from gcdlite.lessons import NAME, SUCCESS_RATES, Example, Style, copying, exercises, expert_examples, judgment_text, laps, make_prior, orders, random_examples, reasoning_tag, reminders, swap_names, swap_things, won_episodes
 from gcdlite.nano import build_model, build_tokenizer
@@ -241,7 +241,10 @@ def science_lessons(config: Config, dice: random.Random, count: Callable[[str], 
     judged: dict[int, list[Example]] = {0: [], 1: []}
     with Lessons(config.env, cfg.variations) as lessons:
         for number, turns in enumerate(lessons.episodes(cfg.trajectories, dice, stray=cfg.deviate, harmless=True)):
-            examples += [_shown(config, t, turns[:i], count) for i, t in enumerate(turns)]
+            for i, t in enumerate(turns):
+                if cfg.careless and (wrong := hasty(t)) and dice.random() < cfg.careless:
+                    t = replace(t, better=wrong)
+                examples.append(_shown(config, t, turns[:i], count))
             if names is not None:
                 names.update(name for t in turns for name in t.before.objects or [])
             print(f"gold path {number + 1} of {cfg.trajectories}: {turns[0].description} ({len(turns)} actions)", flush=True)

@@ -233,7 +233,7 @@ class Coldstart(Section):
     trajectories: Positive = Field(200, description="expert episodes shown")
     judgments: NonNegative = Field(100, description="examples of the variant beside them: judgments, observations to predict, or labelled turns")
     deviate: Share = Field(0.1, description="chance that a turn plays something else than the expert says; its label stays the expert's")
-    careless: Share = Field(0.0, description="chance that the expert, when it has just taken the thing, puts it down on the spot for done (ALFWorld's)")
+    careless: Share = Field(0.0, description="chance that the expert shows a fault for RL to mend: when it has just taken the thing, it puts it down on the spot for done (ALFWorld); it focuses on the first thing in sight (ScienceWorld)")
     variations: NonNegative = Field(30, description="ScienceWorld: variations of each type whose gold paths are shown (the first time, each takes seconds to make); 0: all")
     hints: Share = Field(0.0, description="share of the expert episodes whose prompts show golden rules (ALFWorld's)")
     epochs: Positive = Field(5, description="passes over the examples")

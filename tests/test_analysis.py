@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 from gcdlite import checkpoint, prompts
 from gcdlite import train as loop
-from gcdlite.analysis import Options, behaviour, conflict, gather, gradients, hidden, influence, inputs, judgment, options, similarity
+from gcdlite.analysis import Options, behaviour, conflict, curves, gather, gradients, hidden, influence, inputs, judgment, options, similarity
 from gcdlite.analysis.gather import Specimen, Stage
 from gcdlite.analysis.gradients import Head, Trained, collect, sketch, space
 from gcdlite.analysis.output import Output
@@ -710,18 +711,18 @@ def test_chosen_adapters_are_kept(small_config, tmp_path):
     folder = tmp_path / "run"
     loop.train(small_config, folder)
     assert sorted(p.name for p in (folder / "adapters").iterdir()) == ["iteration-000000", "iteration-000002", "iteration-000003"]
-    found = gather.stages(folder, "all")
+    found = gather.stages([folder], "all")
     assert [s.iteration for s in found] == [0, 2, 3] == list(checkpoint.adapters(folder))
-    assert [s.iteration for s in gather.stages(folder, "last")] == [3] and [s.iteration for s in gather.stages(folder, "2,0")] == [0, 2]
+    assert [s.iteration for s in gather.stages([folder], "last")] == [3] and [s.iteration for s in gather.stages([folder], "2,0")] == [0, 2]
     with pytest.raises(UserError, match="keep_every"):
-        gather.stages(folder, "1")
+        gather.stages([folder], "1")
     with pytest.raises(UserError, match="--at first"):
-        gather.stages(folder, "first")
+        gather.stages([folder], "first")
     kept = tmp_path / "only the end"
     (kept / "adapter").mkdir(parents=True)
     for file in ("adapter/adapter_config.json", "events.jsonl"):
         (kept / file).write_bytes((folder / file).read_bytes())
-    assert gather.stages(kept, "all") == [Stage(3, kept / "adapter")]
+    assert gather.stages([kept], "all") == [Stage(3, kept / "adapter")]
     policy, fresh = Policy(small_config, adapter=found[-1].adapter), Policy(small_config)
     trained = [p.detach().clone() for p in policy.parameters()]
     gather.enter(policy, found[0])
@@ -820,6 +821,79 @@ def test_the_course_of_a_run(name, more, figures, kept_run, tmp_path):
     assert alone == [r for r in whole if r["iteration"] == 1]
     without = [[{k: v for k, v in r.items() if k != "iteration"} for r in whole if r["iteration"] == i] for i in (0, 2)]
     assert name == "judgment" or without[0] != without[1]
+
+
+@pytest.mark.parametrize(("name", "more"), [("hidden", ["--samples", "4"]), ("similarity", ["--samples", "3", "--classes", "oracle"])])
+def test_two_runs_stand_side_by_side(name, more, kept_run, tmp_path, capsys):
+    """The second run holds the first one's adapters in another order, so that its rows must be the first one's in that order."""
+    import run
+
+    other = tmp_path / "other"
+    shutil.copytree(kept_run, other, ignore=shutil.ignore_patterns("checkpoints"))
+    for a, b in (("0", "x"), ("2", "0"), ("x", "2")):
+        (other / "adapters" / f"iteration-00000{a}").rename(other / "adapters" / f"iteration-00000{b}")
+    words = ["--games", "3", "--bootstrap", "10", *more, "--at", "0,2"]
+    folder = tmp_path / "both"
+    assert run.main(["analyze", name, str(kept_run), str(other), "--out", str(folder), *words]) == 0
+    rows = gather.by_run(json.loads((folder / f"{name}.json").read_text())["rows"])
+    assert list(rows) == ["run", "other"]
+
+    def at(run: str, iteration: int) -> list[dict]:
+        return [{k: v for k, v in r.items() if k not in ("run", "iteration")} for r in rows[run] if r["iteration"] == iteration]
+
+    assert at("run", 0) == at("other", 2) != at("run", 2) == at("other", 0)
+    drawn = (folder / f"{name}.svg").read_text()
+    assert "other" in drawn and "run iteration 0" in drawn if name == "hidden" else "alfworld, other" in drawn
+    if name == "hidden":
+        assert "run other iteration 2" in (folder / "tokens-other.txt").read_text()
+        assert not (folder / "tokens-run.json").is_file()  # at its last stage nothing is good, so there is no coupling to show
+        assert run.main(["analyze", "influence", str(kept_run), str(other), "--out", str(tmp_path / "a")]) == 2
+        twin = tmp_path / "more" / "run"
+        shutil.copytree(other, twin)
+        assert run.main(["analyze", name, str(kept_run), str(twin), "--out", str(tmp_path / "a")]) == 2
+        config = (other / "config.yaml").read_text()
+        (other / "config.yaml").write_text(config.replace("max_turns: 4", "max_turns: 5"))
+        assert run.main(["analyze", name, str(kept_run), str(other), "--out", str(tmp_path / "a")]) == 2
+        said = capsys.readouterr().err
+        assert "give one run folder" in said and "two runs are called run" in said and "differ in env.*" in said
+    else:
+        assert run.main(["analyze", name, str(kept_run), str(other), "--inputs", "--out", str(tmp_path / "a")]) == 2
+
+
+def test_curves_show_several_runs(tmp_path, capsys):
+    import run
+
+    def made(name, kind, events) -> str:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.yaml").write_text(f"reward: {{kind: {kind}}}\n")
+        (folder / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+        return str(folder)
+
+    def trained(i, success, seconds, **more):
+        return {"iteration": i, "phase": "train", "rollout/success": success, "rollout/score": 50 * success, "time/iteration": seconds, "time/rollout": 1.0} | more
+
+    level = {"eval/L0": 0.25, "eval/L0/low": 0.1, "eval/L0/high": 0.4, "eval/L0/n": 16, "eval/L0/type/look": 0.5, "eval/L0/score": 30.0, "eval/L0/score_half": 4.0}
+    a = made("a", "score", [{"iteration": 0, "phase": "eval"} | level, trained(1, 0.0, 10.0), trained(2, 0.5, 30.0), trained(3, 1.0, 20.0)])
+    b = made("b", "score", [trained(1, 0.25, 25.0, **{"time/judge": 5.0, "gcd/balanced_accuracy": 0.75}), {"iteration": 1, "phase": "suggest"}])
+    assert run.main(["analyze", "curves", a, b, "--out", str(tmp_path / "out")]) == 0
+
+    def rows(table):
+        return json.loads((tmp_path / "out" / f"{table}.json").read_text())["rows"]
+
+    assert [(r["run"], r["iteration"], r["success"], r["judge"]) for r in rows("curves")] == [("a", 1, 0.0, None), ("a", 2, 0.5, None), ("a", 3, 1.0, None), ("b", 1, 0.25, 0.75)]
+    assert [(r["run"], r["iteration"], r["rollout"], r["judge"], r["overhead"]) for r in rows("time")] == [("a", 20.0, 1.0, None, None), ("b", 25.0, 1.0, 5.0, 25.0)]
+    assert [(r["iteration"], r["level"], r["success"], r["low"], r["n"]) for r in rows("evaluations")] == [(0, "L0", 0.25, 0.1, 16)]
+    assert "L0: mean score" in (tmp_path / "out" / "curves.svg").read_text()
+    assert curves.bound(rows("evaluations")[0], "score") == (30.0, 26.0, 34.0) and curves.bound(rows("evaluations")[0], "success") == (0.25, 0.1, 0.4)
+    c = made("c", "success", [trained(1, 0.5, 1.0)])
+    assert run.main(["analyze", "curves", a, c, "--out", str(tmp_path / "mixed")]) == 0
+    assert "L0: won, %" in (tmp_path / "mixed" / "curves.svg").read_text()
+    fresh = made("fresh", "success", [{"iteration": 0, "phase": "eval"}])
+    for words in ([], [a, fresh], [str(tmp_path)], [a] * 5, [a, "steps=3"], [a, "--games", "3"]):
+        assert run.main(["analyze", "curves", *words, "--out", str(tmp_path / "none")]) == 2
+    said = capsys.readouterr().err
+    assert all(text in said for text in ("name one to 4 run folders", "fresh has not finished", "no run folder", "leave steps=3 out", "--games means nothing to curves"))
 
 
 def test_an_interrupted_analysis_keeps_its_batches(policy, small_config, tmp_path, monkeypatch):

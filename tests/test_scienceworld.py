@@ -616,6 +616,27 @@ def test_lessons_stray_where_it_does_no_harm_and_win(monkeypatch, tmp_path):
 
 
 @real
+def test_the_careless_focus_on_the_first_thing_in_sight(monkeypatch, tmp_path):
+    """In the words of a right focus, and in the label only: the demonstrator's own episode goes on and wins."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(experts, "level_tasks", lambda level, protocol: [BEAR])
+    settings = {"env": {"name": "scienceworld"}, "coldstart": {"trajectories": 12, "judgments": 0, "deviate": 0.0}}
+
+    def focused(careless) -> list[tuple[str, str]]:
+        settings["coldstart"]["careless"] = careless
+        examples = coldstart.science_lessons(check(settings), random.Random(0), words)
+        actions = [prompts.parse_response(e.response)[0] for e in examples]
+        assert [a for a in actions if not a.startswith("focus")] == 12 * BEAR_PATH[:-1]
+        assert all("the task asks to focus on this." in e.response for e, a in zip(examples, actions) if a.startswith("focus"))
+        return [(a, re.search(r"Things in sight: (.*?)[,\n]", e.prompt)[1]) for e, a in zip(examples, actions) if a.startswith("focus")]
+
+    right = BEAR_PATH[-1]
+    never, half, always = map(focused, (0.0, 0.5, 1.0))
+    assert {a for a, _ in never} == {right} and all(a == f"focus on {first}" != right for a, first in always)
+    assert 2 < sum(a == right for a, _ in half) < 10
+
+
+@real
 def test_experts_show_other_levels_to_analyses(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     asked = []

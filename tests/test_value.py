@@ -148,7 +148,7 @@ def test_a_whole_run_with_a_value_head_resumes_as_if_it_had_never_stopped(head_c
     one, other = adapter_of(whole), adapter_of(parts)
     assert all(torch.equal(one[k], other[k]) for k in one)
     assert (whole / "adapter" / HEAD).read_bytes() == (parts / "adapter" / HEAD).read_bytes()
-    gather.enter(Policy(head_config), gather.stages(whole, "last")[0])  # analyses find such a run's adapter
+    gather.enter(Policy(head_config), gather.stages([whole], "last")[0])  # analyses find such a run's adapter
 
 
 def test_a_run_with_a_value_head_is_never_called_gcd():

@@ -6,6 +6,7 @@ analysis need not compute again), `gather.py` (models of a run, and what they wr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ NAMES = {
     "hidden": "coupling by Equation 2, and the tokens that carry it",
     "behaviour": "repeats, loops, consistency, success by task type, failures as transcripts",
     "judgment": "accuracy of the model's verdicts on L0, L1, L2",
+    "curves": "success, tokens and seconds over the iterations of any number of runs; needs no model",
     "theory": "Lemma 3.1, Theorems 3.2 and A.1, and a simulation; needs no model",
 }
 
+SEVERAL = ("similarity", "hidden", "curves")  # analyses that show several runs in one figure
 PLAYING = ("similarity", "influence", "hidden", "behaviour", "judgment")
 
 # (flag, type, what it takes, analyses that read it, what it means)
@@ -62,7 +65,7 @@ def field(flag: tuple) -> str:
 class Options:
     """What the command line says of an analysis beside the settings."""
 
-    run: Path | None = None  # a run folder; None: the model that the settings name, as it is
+    runs: tuple[Path, ...] = ()  # run folders; none: the model that the settings name, as it is
     at: str = "all"
     levels: str = "L0,L2"
     games: int = 32
@@ -98,17 +101,17 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def options(name: str, given: dict[str, Any]) -> Options:
+def options(name: str, given: dict[str, Any], runs: Sequence[Path] = ()) -> Options:
     """The options of an analysis from the flags that were given (None: not given).
 
-    Raises UserError with all faults: a flag that the analysis does not read, a value out of range.
+    Raises UserError with all faults: a flag that the analysis does not read, a value out of range, more runs than it takes.
     """
     faults = []
     for row in FLAGS:
         flag, _, _, readers, _ = row
         if given.get(field(row)) is not None and name not in readers:
             faults.append(f"{flag} means nothing to {name}, only to {', '.join(readers)}")
-    chosen = Options(**DEFAULTS.get(name, {}) | {k: v for k, v in given.items() if v is not None})
+    chosen = Options(runs=tuple(runs), **DEFAULTS.get(name, {}) | {k: v for k, v in given.items() if v is not None})
     for setting, low, high in (
         ("games", 0, None), ("samples", 2, None), ("answer_tokens", 1, None), ("reference", 0, None), ("bootstrap", 2, None), ("resamples", 1, None), ("turns", 1, None),
         ("q", 0, 1), ("r", 0, 1), ("delta", -1, 1), ("push", 0, None), ("xi", 0, None), ("lr", 0, None), ("nudge", 0, None),
@@ -118,6 +121,8 @@ def options(name: str, given: dict[str, Any]) -> Options:
             faults.append(f"--{setting.replace('_', '-')} {value}: give a number {f'from {low} to {high}' if high is not None else f'of at least {low}'}")
     if chosen.xi * chosen.r > 1:
         faults.append(f"--xi {chosen.xi:g} times --r {chosen.r:g} is a change of a probability: at most 1")
+    if len(runs) > 1 and (name not in SEVERAL or chosen.inputs or chosen.conflict):
+        faults.append(f"{' and '.join(map(str, runs))}: give one run folder (several: only {', '.join(SEVERAL)})")
     if chosen.inputs and chosen.conflict:
         faults.append("--inputs and --conflict are two analyses: give one of them")
     if faults:

@@ -10,7 +10,7 @@ import random
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,7 @@ from gcdlite import checkpoint, prompts
 from gcdlite.analysis import Options
 from gcdlite.analysis.output import Output
 from gcdlite.coldstart import demonstrations, encode
-from gcdlite.config import Config
+from gcdlite.config import Config, load
 from gcdlite.envs import qa
 from gcdlite.envs.alfworld.games import stratified
 from gcdlite.envs.base import Pool
@@ -44,10 +44,16 @@ class Stage:
 
     iteration: int
     adapter: Path | None
+    run: str = ""  # the run's name, where there are two
 
     @property
     def key(self) -> str:
-        return f"{self.iteration:06d}"
+        return f"{self.run}{'-' if self.run else ''}{self.iteration:06d}"
+
+    @property
+    def columns(self) -> dict[str, str | int]:
+        """What a table's row says of it."""
+        return ({"run": self.run} if self.run else {}) | {"iteration": self.iteration}
 
 
 @dataclass
@@ -62,14 +68,43 @@ class Specimen:
     source: str = SAMPLED  # or REFERENCE
 
 
-def stages(run: Path | None, at: str) -> list[Stage]:
-    """The states to look at, in the order of training.
+def stages(runs: Sequence[Path], at: str) -> list[Stage]:
+    """The states to look at, run by run, in the order of training. Without a run there is one, the model that the settings name.
 
-    `at`: `all` that a run still has, `last`, or iterations joined by commas. Without a run there is one state, the
-    model that the settings name. Raises UserError for an iteration that is not there.
+    Raises UserError for an iteration that is not there, and unless all runs began with the same weights in the same environment:
+    only then do the adapters of all fit the model of one.
     """
-    if run is None:
-        return [Stage(0, None)]
+    if len(runs) < 2:
+        return stages_of(runs[0], at) if runs else [Stage(0, None)]
+    names = run_names(runs)
+    first, *others = (load(run / "config.yaml") for run in runs)
+    for run, other in zip(runs[1:], others):
+        if different := [key for key in ("model", "lora", "env") if getattr(first, key) != getattr(other, key)]:
+            raise UserError(f"{runs[0]} and {run} differ in {different[0]}.*: only runs from the same weights in the same environment compare")
+    return [replace(stage, run=name) for run, name in zip(runs, names) for stage in stages_of(run, at)]
+
+
+def run_names(runs: Sequence[Path]) -> list[str]:
+    """The names of run folders, by which tables and figures tell them apart. Raises UserError where two are the same."""
+    names = [run.resolve().name for run in runs]
+    for run, name in zip(runs, names):
+        if names.count(name) > 1:
+            raise UserError(f"two runs are called {name}, by which a figure would tell them apart: rename one")
+        if not (run / "config.yaml").is_file():
+            raise UserError(f"{run} is no run folder: it has no config.yaml")
+    return names
+
+
+def by_run(rows: Sequence[dict]) -> dict[str, list[dict]]:
+    """The rows of a table by their run; "" where it has one only."""
+    found: dict[str, list[dict]] = defaultdict(list)
+    for row in rows:
+        found[row.get("run", "")].append(row)
+    return found
+
+
+def stages_of(run: Path, at: str) -> list[Stage]:
+    """The states of a run: `all` that it still has, its `last`, or iterations joined by commas."""
     there = checkpoint.adapters(run)
     if not there and (run / "adapter" / "adapter_config.json").is_file():  # checkpoints were deleted after the run
         there = {(read_lines(run / "events.jsonl") or [{"iteration": 0}])[-1]["iteration"]: run / "adapter"}

@@ -42,7 +42,8 @@ def check(options: Options) -> None:
 def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, config: Config, output: Output) -> None:
     """Table and figure of the gap over training; at the last stage, the tokens that carry the coupling."""
     levels = gather.two_levels(options.levels)
-    rows, tokens = [], []
+    rows: list[dict] = []
+    told: dict[str, tuple[Stage, list[Told]]] = {}  # the last stage of each run
     for stage in stages:
         gather.enter(policy, stage)
         episodes = gather.episodes_of(policy, pool, levels, config, options.games, output, stage)
@@ -51,7 +52,8 @@ def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, c
         measured, tokens = output.part(
             f"hidden-{stage.key}", lambda: measure(policy, chosen, options, config, output, f"iteration {stage.iteration}: coupling")
         )
-        rows += [{"iteration": stage.iteration} | row for row in measured]
+        rows += [stage.columns | row for row in measured]
+        told[stage.run] = stage, tokens
     meant = "turns of won and of lost episodes" if options.classes == "episodes" else f"good and bad turns ({options.classes} labels)"
     note = (
         f"Mean coupling of Equation 2 over pairs of different turns of one class (same) and of both (cross); classes: {meant}. cosine: every M scaled "
@@ -59,8 +61,9 @@ def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, c
     )
     output.table("hidden", "Hidden-state coupling (old paper, Fig. 8)", rows, note)
     draw_gap(rows, note, output)
-    if tokens:
-        show_tokens(tokens, stages[-1], output)
+    for stage, tokens in told.values():
+        if tokens:
+            show_tokens(tokens, stage, output)
 
 
 # --- Equation 2
@@ -213,22 +216,33 @@ def token_scores(head: nn.Module, hidden: Tensor, targets: Tensor, m: Tensor, ro
 
 
 def draw_gap(rows: Sequence[dict], note: str, output: Output) -> None:
-    """The gap over training, raw and as cosine."""
+    """The gap over training, raw and as cosine, a line for each run."""
+    runs = gather.by_run(rows)
     figure, panels = out.axes(1, 2, width=7.0, height=3.0)
     for ax, name in zip(panels, ("raw", "cosine")):
-        mine = [r for r in rows if r["measure"] == name]
-        out.series(ax, 0, *([r[k] for r in mine] for k in ("iteration", "gap", "low", "high")), label="gap")
+        for i, (run, some) in enumerate(runs.items()):
+            mine = [r for r in some if r["measure"] == name]
+            out.series(ax, i, *([r[k] for r in mine] for k in ("iteration", "gap", "low", "high")), label=run or "gap")
         ax.axhline(0, color="0.0", lw=0.8)
-        ax.set_xticks(sorted({r["iteration"] for r in mine}))
+        ax.set_xticks(sorted({r["iteration"] for r in rows}))
         ax.margins(x=0.3)
         ax.set_xlabel("training iteration")
         ax.set_ylabel(f"coupling, same − cross class ({name})")
-    sizes = "; ".join(f"iteration {r['iteration']}: {r['n_good']} good, {r['n_bad']} bad" for r in rows if r["measure"] == "raw")
+    if len(runs) > 1 and panels[1].containers:
+        panels[1].legend()
+    sizes = "; ".join(
+        f"{run} iteration {r['iteration']}: {r['n_good']} good, {r['n_bad']} bad".strip()
+        for run, some in runs.items()
+        for r in some
+        if r["measure"] == "raw"
+    )
     output.figure("hidden", figure, f"{note} Turns: {sizes}.")
 
 
 def show_tokens(told: Sequence[Told], stage: Stage, output: Output) -> None:
     """A table of the tokens by what they carry, and some turns as shaded text."""
+    where = " ".join(f"{key} {value}" for key, value in stage.columns.items())
+    of = f"-{stage.run}" if stage.run else ""
     total = sum(abs(v) for t in told for v in t.cross) or 1.0
     by_token: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
     for t in told:
@@ -242,22 +256,22 @@ def show_tokens(told: Sequence[Told], stage: Stage, output: Output) -> None:
         for (piece, part), v in by_token.items()
     ]  # fmt: skip
     rows.sort(key=lambda r: -r["share"])
-    note = f"share: of the sum over all tokens of their coupling's size with the other class; means keep the sign. {len(told)} turns, iteration {stage.iteration}."
-    output.table("tokens", "Tokens that carry the coupling (new paper, Fig. 7; old paper, Fig. 9)", rows, note, show=20)
+    note = f"share: of the sum over all tokens of their coupling's size with the other class; means keep the sign. {len(told)} turns, {where}."
+    output.table(f"tokens{of}", "Tokens that carry the coupling (new paper, Fig. 7; old paper, Fig. 9)", rows, note, show=20)
     parts = []
     for part in ("think", "action", "format"):
         mine = [v for t in told for v, p in zip(t.cross, t.parts) if p == part]
         parts.append({"part": part, "tokens": len(mine), "share": sum(map(abs, mine)) / total, "mean_cross": out.mean(mine)})
-    output.table("parts", "Coupling by part of the answer", parts, note)
+    output.table(f"parts{of}", "Coupling by part of the answer", parts, note)
     strongest = sorted(told, key=lambda t: -sum(t.cross))
     chosen = [t for c in (True, False) for t in [t for t in strongest if t.positive == c][: SHOWN // 2]]
     for t in chosen:
         output.console.print(shaded(t, max(map(abs, t.cross))))
     caption = (
         f"The turns with the strongest coupling to the other class. The darker a token, the more of it the token carries (white: 0, dark: the turn's "
-        f"largest); underlined: negative, the token pulls the classes apart. {len(told)} turns were compared, iteration {stage.iteration}."
+        f"largest); underlined: negative, the token pulls the classes apart. {len(told)} turns were compared, {where}."
     )
-    output.figure("tokens", text_figure(chosen), caption)
+    output.figure(f"tokens{of}", text_figure(chosen), caption)
 
 
 def shaded(told: Told, top: float) -> Text:

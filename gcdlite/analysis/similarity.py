@@ -52,7 +52,7 @@ def run(policy: Policy, pool: Pool | None, stages: Sequence[Stage], options: Opt
                 lambda: measure(policy, found, options, config, output, f"iteration {stage.iteration}: gradients of {name}"),
             )
             label = config.env.name if name == "env" else name
-            rows += [{"data": label, "iteration": stage.iteration} | row | {"paper_7B": paper(label, row["pair"])} for row in measured]
+            rows += [{"data": label} | stage.columns | row | {"paper_7B": paper(label, row["pair"])} for row in measured]
     note = (
         f"Cosine of mean gradients with respect to {options.parameters}"
         + (f" (an estimate: mean of {DRAWS} random projections to rank {config.lora.r})" if options.parameters == "adapter" else "")
@@ -159,13 +159,17 @@ def reliability(summary: Summary, seed: int) -> float | None:
 
 
 def draw_figure(rows: Sequence[dict], note: str, output: Output) -> None:
-    """One stage: bars of the four cosines by data set. Several: their course over training, one panel a data set."""
+    """One stage: bars of the four cosines by data set. Several: their course over training, one panel a data set and run."""
+    runs = gather.by_run(rows)
     data = list(dict.fromkeys(r["data"] for r in rows))
     iterations = sorted({r["iteration"] for r in rows})
-    last = [r for r in rows if r["iteration"] == iterations[-1]]
-    sizes = "; ".join(d + ": " + ", ".join(f"{r['pair']} {r['n_ID']}+{r['n_OOD']}" for r in last if r["data"] == d) for d in data)
+    sizes = "; ".join(
+        f"{d} {name}".strip() + ": " + ", ".join(f"{r['pair']} {r['n_ID']}+{r['n_OOD']}" for r in mine if r["data"] == d and r["iteration"] == mine[-1]["iteration"])
+        for d in data
+        for name, mine in runs.items()
+    )
     caption = f"{note} Samples (ID+OOD{'' if len(iterations) == 1 else ', last iteration'}): {sizes}. Short horizontal lines: ceiling."
-    if len(iterations) == 1:
+    if len(iterations) == len(runs) == 1:
         figure, ax = out.axes(width=2.4 + 1.6 * len(data))
         for i, pair in enumerate(PAIRS):
             for k, d in enumerate(data):
@@ -185,13 +189,13 @@ def draw_figure(rows: Sequence[dict], note: str, output: Output) -> None:
         ax.set_ylabel("cosine of mean gradients")
         ax.grid(axis="x", visible=False)
     else:
-        figure, panels = out.axes(1, len(data), width=1.6 + 3.4 * len(data), sharey=True, squeeze=False)
-        for d, ax in zip(data, panels[0]):
+        figure, panels = out.axes(1, len(data) * len(runs), width=1.6 + 3.4 * len(data) * len(runs), sharey=True, squeeze=False)
+        for (d, name), ax in zip(((d, name) for d in data for name in runs), panels[0]):
             for i, pair in enumerate(PAIRS):
-                mine = [r for r in rows if r["data"] == d and r["pair"] == pair]
+                mine = [r for r in runs[name] if r["data"] == d and r["pair"] == pair]
                 columns = ([r[key] for r in mine] for key in ("iteration", "cosine", "low", "high"))
                 out.series(ax, i, *columns, label=pair)
-            ax.set_title(d, fontsize=9)
+            ax.set_title(f"{d}, {name}" if name else d, fontsize=9)
             ax.set_xlabel("training iteration")
             ax.set_xticks(iterations)
         panels[0][0].set_ylabel("cosine of mean gradients")

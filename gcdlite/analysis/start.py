@@ -29,12 +29,12 @@ def run(name: str, options: Options, config: Config, folder: Path) -> list[dict[
     analysis.check(options)
     if "oracle" in options.classes or options.conflict and "oracle" in config.gcd.labeller:
         config.env.gold = True  # without its paths ScienceWorld's oracle would have no opinion
-    stages = gather.stages(options.run, options.at)
+    stages = gather.stages(options.runs, options.at)
     resolve(config.model.name)
     needs_games = module != "similarity" or "env" in options.sets.split(",")
     if not needs_games:
         return _with(None, analysis, stages, options, config, open_output(name, options, config, folder))
-    with envs.closing(envs.make(config, options.run)) as pool:
+    with envs.closing(envs.make(config, options.runs[0] if options.runs else None)) as pool:
         return _with(pool, analysis, stages, options, config, open_output(name, options, config, folder))
 
 

@@ -260,6 +260,15 @@ class Lessons:
                     return
 
 
+def hasty(turn: Lesson) -> str | None:
+    """What a careless player does who is to focus on something: on the first other thing in sight, in the words of a right focus,
+    which nearly always fails the task. None at any other turn."""
+    if not turn.better.startswith("focus on "):
+        return None
+    right = turn.better.removeprefix("focus on ")
+    return next((f"focus on {thing}" for thing in turn.before.objects or [] if thing not in right and right not in thing), None)
+
+
 def astray(seen: Observation, last: str, dice: random.Random, harmless: bool = False) -> str:
     """Something an expert would not do: any command that the prompt allows (but ten ticks of waiting, which may ruin the
     task), the last one again, or one about a thing that is not there. With `harmless`, only what changes nothing."""
