@@ -14,7 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from gcdlite.envs.alfworld import generated_root
 from gcdlite.envs.alfworld.engine import Game
 from gcdlite.envs.alfworld.experts import Prior
 from gcdlite.envs.alfworld.games import IN_DOMAIN, OUT_OF_DOMAIN, find_games
-from gcdlite.envs.scienceworld.experts import ROOMS, Lesson, Lessons, astray, goal, hasty, thought
+from gcdlite.envs.scienceworld.experts import ROOMS, Lesson, Lessons, astray, goal, thought
 from gcdlite.gcd.labels import verdict
 from gcdlite.lessons import NAME, SUCCESS_RATES, Example, Style, copying, exercises, expert_examples, judgment_text, laps, make_prior, orders, random_examples, reasoning_tag, reminders, swap_names, swap_things, won_episodes
 from gcdlite.nano import build_model, build_tokenizer
@@ -146,7 +146,7 @@ def _renamed(lesson: Example, prior: Prior, dice: random.Random) -> Example:
 def _science_material(config: Config, dice: random.Random) -> Material:
     """Lists to copy from, orders to copy, random play in training variations of all thirty task types, then gold paths of those
     that are trained on. What things are called is mostly exchanged: who is to find them must read."""
-    cfg, phases = config.coldstart, []
+    cfg, phases, task = config.coldstart, [], prompts.SLOTS[config.model.prompt]["task"]
     if not cfg.start:
         seen: set[str] = set()
         play = science_random_examples(config, dice, cfg.base_turns, lambda text: len(re.findall(r"\w+|[^\w\s]", text)), seen)
@@ -154,19 +154,21 @@ def _science_material(config: Config, dice: random.Random) -> Material:
         drill = orders(_commands(play), names, cfg.exercises, dice)
         phases = [copying(sorted(seen), cfg.lists, dice), drill, [swap_things(e, names, dice) if dice.random() < 0.75 else e for e in play]]
 
-    def retold(lesson: Example, names: Sequence[str]) -> Example:
-        """With another thing in the task: what else there is keeps its name, since what it is good for is worth knowing."""
-        task = lesson.prompt.partition(prompts.SLOTS[config.model.prompt]["task"])[2].partition("\n")[0]
-        return swap_things(lesson, names, dice, within=task)
-
     def lessons(count: Callable[[str], int]) -> list[Example]:
         seen: set[str] = set()
         examples = science_lessons(config, dice, count, seen)
         names = _plain_names(seen)
         drill = orders(_commands(examples), names, cfg.reminders, dice)
-        return [retold(e, names) if e.kind == "expert" and dice.random() < 0.5 else e for e in examples] + drill
+        return [_retold(e, task, names, dice) if e.kind == "expert" and dice.random() < 0.5 else e for e in examples] + drill
 
     return Material(phases, [e for part in phases for e in part[:8000]], lessons)
+
+
+def _retold(lesson: Example, slot: str, names: Sequence[str], dice: random.Random) -> Example:
+    """The lesson with another thing in the task (after `slot` in the prompt) or, in half of the cases, in the answer, too, which then
+    can only be one that is in sight. What else there is keeps its name, since what it is good for is worth knowing."""
+    task = lesson.prompt.partition(slot)[2].partition("\n")[0]
+    return swap_things(lesson, names, dice, within=f"{task}\n{lesson.response}" if dice.random() < 0.5 else task)
 
 
 def _plain_names(things: Iterable[str]) -> list[str]:
@@ -241,10 +243,7 @@ def science_lessons(config: Config, dice: random.Random, count: Callable[[str], 
     judged: dict[int, list[Example]] = {0: [], 1: []}
     with Lessons(config.env, cfg.variations) as lessons:
         for number, turns in enumerate(lessons.episodes(cfg.trajectories, dice, stray=cfg.deviate, harmless=True)):
-            for i, t in enumerate(turns):
-                if cfg.careless and (wrong := hasty(t)) and dice.random() < cfg.careless:
-                    t = replace(t, better=wrong)
-                examples.append(_shown(config, t, turns[:i], count))
+            examples += [_shown(config, t, turns[:i], count) for i, t in enumerate(turns)]
             if names is not None:
                 names.update(name for t in turns for name in t.before.objects or [])
             print(f"gold path {number + 1} of {cfg.trajectories}: {turns[0].description} ({len(turns)} actions)", flush=True)

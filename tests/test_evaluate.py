@@ -1,6 +1,7 @@
 """Evaluation: every game once, intervals and shares by type, and no influence on training."""
 
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from gcdlite.envs.alfworld.engine import Game
 from gcdlite.envs.alfworld.games import IN_DOMAIN, OUT_OF_DOMAIN, level_tasks
 from gcdlite.evaluate import evaluate, success, wilson
 from gcdlite.policy import Policy
-from gcdlite.records import Episode, Task
+from gcdlite.records import Episode, Task, UserError
 from gcdlite.runlog import read_lines
 
 
@@ -95,6 +96,19 @@ def test_levels_are_what_the_protocol_says(games_root):
     assert of("L1") == (set(IN_DOMAIN), {"valid_unseen"})
     assert of("L2") == (set(OUT_OF_DOMAIN), {"valid_unseen"})
     assert of("L2s") == (set(OUT_OF_DOMAIN), {"valid_seen"})
+
+
+def test_some_of_the_trained_types_can_be_left_out(small_config):
+    """Training, L0 and L1 are of the named types; L2 keeps the types that are held out."""
+    kind = "look_at_obj_in_light"
+    small_config.env.types = [kind]
+    with envs.closing(envs.make(small_config)) as pool:
+        assert [{t.type for t in pool.tasks(level)} for level in ("train", "L0", "L1")] == [{kind}] * 3
+        assert {t.type for t in pool.tasks("L2")} == set(OUT_OF_DOMAIN) and kind in pool.note
+        assert 0 < len(pool.tasks("train")) < len(level_tasks(Path(small_config.env.data), "train", "single"))
+    small_config.env.types = ["pick_cool_then_place_in_recep"]
+    with envs.closing(envs.make(small_config)) as pool, pytest.raises(UserError, match="no 'pick_cool_then_place_in_recep' among what is trained on"):
+        pool.tasks("train")
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.4])

@@ -51,6 +51,13 @@ def test_levels_of_both_protocols():
     assert "use-thermometer" in levels.types("single", False) and "use-thermometer" not in levels.types("rlvmr", False)
 
 
+def test_the_cold_start_shows_the_types_that_are_trained_on(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    env = check({"env": {"name": "scienceworld", "types": ["find-plant", "boil"]}}).env
+    assert set(experts.Lessons(env)._tasks) == {"find-plant", "boil"}
+    assert "find-plant, boil" in scienceworld.about(check({"env": {"name": "scienceworld", "types": ["find-plant", "boil"]}}))
+
+
 def test_training_never_sees_a_test_variation():
     for protocol in levels.LEVELS:
         of = {level: {t.id for t in levels.level_tasks(level, protocol)} for level in levels.LEVELS[protocol]}
@@ -613,27 +620,6 @@ def test_lessons_stray_where_it_does_no_harm_and_win(monkeypatch, tmp_path):
     actions = [prompts.parse_response(e.response)[0] for e in examples]
     assert len(actions) > 3 * len(BEAR_PATH) + 2 and set(actions) == set(BEAR_PATH)  # whatever was played, this is what an expert would do
     assert all(e.response.startswith("<think>find the animal with the longest life span. ") for e in examples)  # a thought that names the task
-
-
-@real
-def test_the_careless_focus_on_the_first_thing_in_sight(monkeypatch, tmp_path):
-    """In the words of a right focus, and in the label only: the demonstrator's own episode goes on and wins."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(experts, "level_tasks", lambda level, protocol: [BEAR])
-    settings = {"env": {"name": "scienceworld"}, "coldstart": {"trajectories": 12, "judgments": 0, "deviate": 0.0}}
-
-    def focused(careless) -> list[tuple[str, str]]:
-        settings["coldstart"]["careless"] = careless
-        examples = coldstart.science_lessons(check(settings), random.Random(0), words)
-        actions = [prompts.parse_response(e.response)[0] for e in examples]
-        assert [a for a in actions if not a.startswith("focus")] == 12 * BEAR_PATH[:-1]
-        assert all("the task asks to focus on this." in e.response for e, a in zip(examples, actions) if a.startswith("focus"))
-        return [(a, re.search(r"Things in sight: (.*?)[,\n]", e.prompt)[1]) for e, a in zip(examples, actions) if a.startswith("focus")]
-
-    right = BEAR_PATH[-1]
-    never, half, always = map(focused, (0.0, 0.5, 1.0))
-    assert {a for a, _ in never} == {right} and all(a == f"focus on {first}" != right for a, first in always)
-    assert 2 < sum(a == right for a, _ in half) < 10
 
 
 @real

@@ -18,7 +18,7 @@ from gcdlite.config import Config, load
 from gcdlite.envs.base import Pool
 from gcdlite.records import Task, UserError
 
-WHICH = ("name", "data", "protocol", "generated", "generated_seed")  # the settings of `env` that choose the games
+WHICH = ("name", "data", "protocol", "types", "generated", "generated_seed")  # the settings of `env` that choose the games
 BACK = "put them back, or let ALFWORLD_DATA name the folder that holds them"
 
 

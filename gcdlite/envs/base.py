@@ -6,7 +6,8 @@ import os
 from collections.abc import Sequence
 from typing import Protocol
 
-from gcdlite.records import Observation, Task
+from gcdlite.config import nearest
+from gcdlite.records import Observation, Task, UserError
 
 
 def room_for(size: float) -> int:
@@ -19,6 +20,23 @@ def room_for(size: float) -> int:
     except (ValueError, OSError, AttributeError):  # Windows does not tell
         memory = 8e9
     return max(1, int(memory / 2 / size))
+
+
+def of_types(tasks: list[Task], types: Sequence[str], level: str) -> list[Task]:
+    """The tasks of a level that are of these types; all when none is named, and those of L2, whose types are held out anyway.
+
+    Raises UserError for a type that there is not."""
+    if not types or level.startswith("L2"):
+        return tasks
+    there = dict.fromkeys(task.type for task in tasks)
+    if unknown := [name for name in types if name not in there]:
+        raise UserError(f"env.types: no {unknown[0]!r} among what is trained on{nearest(unknown[0], there)} ({', '.join(there)})")
+    return [task for task in tasks if task.type in types]
+
+
+def only(types: Sequence[str]) -> str:
+    """What a line about the tasks says of them when some are left out."""
+    return f", of the trained types only {', '.join(types)}" if types else ""
 
 
 class Pool(Protocol):

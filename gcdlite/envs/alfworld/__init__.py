@@ -14,7 +14,7 @@ from pathlib import Path
 from gcdlite.config import Config
 from gcdlite.envs.alfworld.engine import Game
 from gcdlite.envs.alfworld.games import data_root, level_tasks
-from gcdlite.envs.base import room_for
+from gcdlite.envs.base import of_types, only, room_for
 from gcdlite.records import Observation, Task, UserError
 
 WORKER_BYTES = 100e6  # resident memory of a process with the genuine engine
@@ -37,14 +37,14 @@ class AlfworldPool:
         self.config = config.env
         self.slow = self.config.engine == "genuine"
         self.root, self.why = find_root(config)
-        self.note = about(self.root)
+        self.note = about(self.root) + only(self.config.types)
         self.capacity = room_for(WORKER_BYTES) if self.config.engine == "genuine" else 0
         self._games: list = []
         self._loaded: dict[str, Game] = {}
         self._workers: list = []
 
     def tasks(self, level: str) -> list[Task]:
-        return level_tasks(self.root, level, self.config.protocol)
+        return of_types(level_tasks(self.root, level, self.config.protocol), self.config.types, level)
 
     def reset(self, tasks: Sequence[Task]) -> list[Observation]:
         if self.config.engine == "genuine":

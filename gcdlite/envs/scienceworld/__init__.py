@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from gcdlite.config import Config, threads
-from gcdlite.envs.base import room_for
+from gcdlite.envs.base import of_types, only, room_for
 from gcdlite.envs.scienceworld.experts import GoldPaths, Progress
 from gcdlite.envs.scienceworld.game import Game
 from gcdlite.envs.scienceworld.jvm import EngineError, Jvm, installed_version, java_path
@@ -31,7 +31,7 @@ def about(config: Config) -> str:
     """What is played, in one line, and the protocol that tables must name."""
     return (
         f"ScienceWorld {installed_version()}, protocol {config.env.protocol}, simplification {config.env.simplification}, "
-        f"{config.env.max_turns} actions"
+        f"{config.env.max_turns} actions{only(config.env.types)}"
     )
 
 
@@ -76,7 +76,7 @@ class ScienceWorldPool:
         self.replaced = 0  # machines that died or hung
 
     def tasks(self, level: str) -> list[Task]:
-        return level_tasks(level, self.config.protocol)
+        return of_types(level_tasks(level, self.config.protocol), self.config.types, level)
 
     def reset(self, tasks: Sequence[Task]) -> list[Observation]:
         if len(tasks) > self.capacity:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gcdlite.config import Env
+from gcdlite.envs.base import of_types
 from gcdlite.envs.scienceworld.game import Game
 from gcdlite.envs.scienceworld.jvm import EngineError, Jvm, installed_version
 from gcdlite.envs.scienceworld.levels import TYPES, VARIATIONS, fold, level_tasks, make_task, split_path, spread, too_long
@@ -188,7 +189,7 @@ class Lessons:
         self.gold = GoldPaths("" if env.simplification == "none" else env.simplification, timeout=10 * env.timeout)
         hopeless = {TYPES[n][0] for n in too_long(env.max_turns, env.simplification)}
         self._tasks: dict[str, list[Task]] = {}
-        for task in level_tasks(level, env.protocol):
+        for task in of_types(level_tasks(level, env.protocol), env.types, level):
             if task.type not in hopeless:
                 self._tasks.setdefault(task.type, []).append(task)
         if variations:
@@ -258,15 +259,6 @@ class Lessons:
                 seen, last = after, action
                 if seen.done:
                     return
-
-
-def hasty(turn: Lesson) -> str | None:
-    """What a careless player does who is to focus on something: on the first other thing in sight, in the words of a right focus,
-    which nearly always fails the task. None at any other turn."""
-    if not turn.better.startswith("focus on "):
-        return None
-    right = turn.better.removeprefix("focus on ")
-    return next((f"focus on {thing}" for thing in turn.before.objects or [] if thing not in right and right not in thing), None)
 
 
 def astray(seen: Observation, last: str, dice: random.Random, harmless: bool = False) -> str:
