@@ -146,7 +146,7 @@ def _renamed(lesson: Example, prior: Prior, dice: random.Random) -> Example:
 def _science_material(config: Config, dice: random.Random) -> Material:
     """Lists to copy from, orders to copy, random play in training variations of all thirty task types, then gold paths of those
     that are trained on. What things are called is mostly exchanged: who is to find them must read."""
-    cfg, phases, task = config.coldstart, [], prompts.SLOTS[config.model.prompt]["task"]
+    cfg, phases = config.coldstart, []
     if not cfg.start:
         seen: set[str] = set()
         play = science_random_examples(config, dice, cfg.base_turns, lambda text: len(re.findall(r"\w+|[^\w\s]", text)), seen)
@@ -154,21 +154,19 @@ def _science_material(config: Config, dice: random.Random) -> Material:
         drill = orders(_commands(play), names, cfg.exercises, dice)
         phases = [copying(sorted(seen), cfg.lists, dice), drill, [swap_things(e, names, dice) if dice.random() < 0.75 else e for e in play]]
 
+    def retold(lesson: Example, names: Sequence[str]) -> Example:
+        """With another thing in the task: what else there is keeps its name, since what it is good for is worth knowing."""
+        task = lesson.prompt.partition(prompts.SLOTS[config.model.prompt]["task"])[2].partition("\n")[0]
+        return swap_things(lesson, names, dice, within=task)
+
     def lessons(count: Callable[[str], int]) -> list[Example]:
         seen: set[str] = set()
         examples = science_lessons(config, dice, count, seen)
         names = _plain_names(seen)
         drill = orders(_commands(examples), names, cfg.reminders, dice)
-        return [_retold(e, task, names, dice) if e.kind == "expert" and dice.random() < 0.5 else e for e in examples] + drill
+        return [retold(e, names) if e.kind == "expert" and dice.random() < 0.5 else e for e in examples] + drill
 
     return Material(phases, [e for part in phases for e in part[:8000]], lessons)
-
-
-def _retold(lesson: Example, slot: str, names: Sequence[str], dice: random.Random) -> Example:
-    """The lesson with another thing in the task (after `slot` in the prompt) or, in half of the cases, in the answer, too, which then
-    can only be one that is in sight. What else there is keeps its name, since what it is good for is worth knowing."""
-    task = lesson.prompt.partition(slot)[2].partition("\n")[0]
-    return swap_things(lesson, names, dice, within=f"{task}\n{lesson.response}" if dice.random() < 0.5 else task)
 
 
 def _plain_names(things: Iterable[str]) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from gcdlite import coldstart, envs, prompts
+from gcdlite import coldstart, envs
 from gcdlite.coldstart import encode, fit
 from gcdlite.envs.alfworld.experts import type_of
 from gcdlite.envs.alfworld.games import level_tasks
@@ -98,18 +98,6 @@ def test_renamed_lessons_stay_lessons(games_root):
         went = [{type_of(c[6:]) for c in e.prompt.split("\n") if c.startswith("go to ")} for e in (lesson, renamed)]
         kinds["same" if renamed == lesson else "things" if went[0] == went[1] else "places"] += 1
     assert min(kinds.values()) > 0.1 * sum(kinds.values()), kinds  # where nothing can be taken, a lesson has no thing to rename
-
-
-def test_lessons_of_scienceworld_are_retold_with_other_things():
-    """What the task names always trades its name; what only the answer names does so in half of the cases, and then in sight, too."""
-    names = ["lead", "iron", "metal pot", "ice", "frog", "crocodile", "thermometer", "banana"]
-    lesson = Example("Task: boil lead.\nNow: a frog, lead, a thermometer", prompts.answer("boil lead.", "pick up thermometer"), "expert")
-    told = [coldstart._retold(lesson, "Task: ", names, random.Random(i)) for i in range(200)]
-    found = [re.fullmatch(r"Task: boil (.+)\.\nNow: a (.+), (.+), a (.+)\n<think>boil (.+)\.</think><action>pick up (.+)</action>", f"{e.prompt}\n{e.response}").groups() for e in told]
-    for asked, _, lead, tool, thought, action in found:
-        assert asked == lead == thought and tool == action
-    assert {f[1] for f in found} >= {"frog"} and 0.3 < sum(f[3] != "thermometer" for f in found) / 200 < 0.5
-    assert sum(f[0] != "lead" for f in found) > 80
 
 
 def test_the_settings_say_how_careless_the_lessons_are(small_config):
