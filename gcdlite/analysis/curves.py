@@ -101,8 +101,8 @@ def times(course: Sequence[dict]) -> list[dict[str, Any]]:
 def running(values: Sequence[float | None]) -> list[float | None]:
     """The mean of each value and up to four before it; what is missing is left out.
 
-    >>> running([1.0, 3.0, None, 2.0])
-    [1.0, 2.0, 2.0, 2.0]
+    >>> running([1.0, 3.0, None, 2.0, 9.0, 0.0])
+    [1.0, 2.0, 2.0, 2.0, 3.75, 3.5]
     """
     return [out.mean(v for v in values[max(0, i + 1 - WINDOW) : i + 1] if v is not None) for i in range(len(values))]
 
