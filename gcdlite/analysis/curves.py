@@ -120,7 +120,8 @@ def draw(course: Sequence[dict], evaluations: Sequence[dict], measure: str, outp
     for i, (name, mine) in enumerate(runs.items()):
         for ax, key, factor, label in smooth:
             points = [(r["iteration"], value * factor) for r, value in zip(mine, running([r[key] for r in mine])) if value is not None]
-            ax.plot(*zip(*points), label=name, **out.look(i) | {"marker": ""}) if points else None
+            if points:
+                ax.plot(*zip(*points), label=name, **out.look(i) | {"marker": ""})
             ax.set_ylabel(label)
         for ax, level in zip(panels[1:], levels):
             there = [r for r in evaluations if r["run"] == name and r["level"] == level]
