@@ -947,7 +947,8 @@ def test_influence_from_the_command_line(games_root, tmp_path, monkeypatch, caps
     [
         (["similarty"], "unknown analysis 'similarty'; did you mean 'similarity'?"),
         (["similarity", "nowhere"], "nowhere is no run folder"),
-        (["similarity", "a", "b"], "one run folder"),
+        (["similarity", "a", "b"], "a is no run folder"),
+        (["behaviour", "a", "b"], "one run folder"),
         (["similarity", "--sets", "maths"], "none of env, math, gsm8k"),
         (["similarity", "--sets", "gsm8k", "--gsm8k", "nowhere"], "cannot read the questions in nowhere"),
         (["similarity", "--conflict"], "--parameters adapter"),
