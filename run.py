@@ -320,9 +320,9 @@ def analyze(args: argparse.Namespace, faults: list[str]) -> int:
         from gcdlite.analysis import curves, output, theory
 
         if args.name == "curves":
-            curves.check(options)
-        module = curves if args.name == "curves" else theory
-        module.run(options, output.open_output(args.name, options, None, Path(args.out)))
+            curves.run(options, Path(args.out))
+        else:
+            theory.run(options, output.open_output(args.name, options, None, Path(args.out)))
         return 0
     flags = {name: getattr(args, name) for name in ("config", "model.name", "env.name")}
     if folders:

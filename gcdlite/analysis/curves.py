@@ -25,23 +25,10 @@ PHASES = ("rollout", "advantage", "judge", "update", "iteration")
 SHARES = ("turns", "malformed", "inadmissible", "repeated", "looped", "response_tokens")
 
 
-def check(options: Options) -> None:
-    """Raises UserError for folders that are no runs, or have not finished an iteration."""
-    if not options.runs or len(options.runs) > len(out.LOOKS):
-        raise UserError(f"curves: name one to {len(out.LOOKS)} run folders, as many as a figure without colour can tell apart")
-    for name, some in logs(options.runs).items():
-        if not any(e["phase"] == "train" for e in some):
-            raise UserError(f"{name} has not finished an iteration yet")
-
-
-def logs(runs: Sequence[Path]) -> dict[str, list[dict]]:
-    """The events of each run, by its name."""
-    return {name: read_lines(run / "events.jsonl") for name, run in zip(gather.run_names(runs), runs)}
-
-
-def run(options: Options, output: Output) -> None:
-    """Three tables and a figure."""
+def run(options: Options, folder: Path) -> None:
+    """Three tables and a figure. Raises UserError, before the folder is made, for folders that are no runs, or have not finished an iteration."""
     events = logs(options.runs)
+    output = out.open_output("curves", options, None, folder)
     measure = "score" if all(paid_score(folder) for folder in options.runs) else "success"
     course = [row for name, some in events.items() for row in trained(name, some)]
     evaluations = [row for name, some in events.items() for row in evaluated(name, some)]
@@ -52,6 +39,17 @@ def run(options: Options, output: Output) -> None:
     spent = times(course)
     output.table("time", "Seconds a phase (new paper, Table 3; old paper, Table 4)", spent, f"Medians over iterations. overhead: of an iteration, over {next(iter(events))}, %.")
     draw(course, evaluations, measure, output)
+
+
+def logs(runs: Sequence[Path]) -> dict[str, list[dict]]:
+    """The events of each run, by its name. Raises UserError as `run` does."""
+    if not runs or len(runs) > len(out.LOOKS):
+        raise UserError(f"curves: name one to {len(out.LOOKS)} run folders, as many as a figure without colour can tell apart")
+    events = {name: read_lines(run / "events.jsonl") for name, run in zip(gather.run_names(runs), runs)}
+    for name, some in events.items():
+        if not any(e["phase"] == "train" for e in some):
+            raise UserError(f"{name} has not finished an iteration yet")
+    return events
 
 
 def paid_score(folder: Path) -> bool:

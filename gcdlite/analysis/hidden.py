@@ -40,7 +40,7 @@ def check(options: Options) -> None:
 
 
 def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, config: Config, output: Output) -> None:
-    """Table and figure of the gap over training; at the last stage, the tokens that carry the coupling."""
+    """Table and figure of the gap over training; at the last stage of each run, the tokens that carry the coupling."""
     levels = gather.two_levels(options.levels)
     rows: list[dict] = []
     told: dict[str, tuple[Stage, list[Told]]] = {}  # the last stage of each run
