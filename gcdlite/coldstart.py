@@ -25,14 +25,14 @@ from transformers import AutoModelForCausalLM
 
 from gcdlite import envs, prompts, sft
 from gcdlite.backbone import plain
-from gcdlite.config import Config
+from gcdlite.config import Config, load
 from gcdlite.envs import closing
 from gcdlite.envs.base import Pool
 from gcdlite.envs.alfworld import generated_root
 from gcdlite.envs.alfworld.engine import Game
 from gcdlite.envs.alfworld.experts import Prior
 from gcdlite.envs.alfworld.games import IN_DOMAIN, OUT_OF_DOMAIN, find_games
-from gcdlite.envs.scienceworld.experts import ROOMS, Lesson, Lessons, astray, goal, thought
+from gcdlite.envs.scienceworld.experts import ROOMS, Lesson, Lessons, astray, goal, random_command, thought
 from gcdlite.gcd.labels import verdict
 from gcdlite.lessons import NAME, SUCCESS_RATES, Example, Style, copying, exercises, expert_examples, judgment_text, laps, make_prior, orders, random_examples, reasoning_tag, reminders, swap_names, swap_things, won_episodes
 from gcdlite.nano import build_model, build_tokenizer
@@ -164,7 +164,9 @@ def _science_material(config: Config, dice: random.Random) -> Material:
         examples = science_lessons(config, dice, count, seen)
         names = _plain_names(seen)
         drill = orders(_commands(examples), names, cfg.reminders, dice)
-        return [retold(e, names) if e.kind == "expert" and dice.random() < 0.5 else e for e in examples] + drill
+        play = science_random_examples(config, dice, cfg.reminders, count, seen)
+        told = [retold(e, names) if e.kind == "expert" and dice.random() < 0.5 else e for e in examples]
+        return told + drill + [swap_things(e, names, dice) if dice.random() < 0.75 else e for e in play]
 
     return Material(phases, [e for part in phases for e in part[:8000]], lessons)
 
@@ -201,14 +203,26 @@ def require_tag_data(config: Config) -> None:
     """Raises UserError when rlvmr would start from weights whose cold start had no tags: it could only reward noise."""
     if not config.algo.tagged:
         return
-    for folder in filter(None, (config.model.adapter, resolve(config.model.name))):
-        made = Path(folder) / MADE
-        if made.is_file() and json.loads(made.read_text()).get("tags"):
-            return
-    make, then = f"--model {config.model.name} --out DIR", "model.adapter=DIR/adapter"
+    for folder in map(Path, filter(None, (config.model.adapter, resolve(config.model.name)))):
+        if (folder / MADE).is_file():
+            made = json.loads((folder / MADE).read_text())
+            if made.get("tags") and made.get("environment", config.env.name) == config.env.name:
+                return
+        elif (folder.parent / "config.yaml").is_file():  # the adapter of a run, which was let in
+            run = load(folder.parent / "config.yaml")
+            if run.algo.tagged and run.env.name == config.env.name:
+                return
+    make = then = f"--env {config.env.name}"
     if config.coldstart.from_scratch:  # nano has never read the tags: only training its embeddings, too, can teach it to write them
-        make, then = f"--config nano coldstart.start={config.model.name} --out DIR", "--config nano --model DIR/model"
-    raise UserError(f"rlvmr needs weights that know its tags: python run.py coldstart --algo rlvmr {make}, then --algo rlvmr {then}")
+        nano = "nano-scienceworld" if config.env.name == "scienceworld" else "nano"
+        make += f" --config {nano} coldstart.start={config.model.name} --out DIR"
+        then += f" --config {nano} --model DIR/model rollout.max_new_tokens=64"  # a plan is longer than its other answers
+    else:
+        make += f" --model {config.model.name} --out DIR"
+        then += f" --model {config.model.name} model.adapter=DIR/adapter"
+    raise UserError(
+        f"rlvmr needs weights that know its tags in {config.env.name}: python run.py coldstart --algo rlvmr {make}, then python run.py --algo rlvmr {then}"
+    )
 
 
 def _alfworld_lessons(config: Config, dice: random.Random) -> list[Example]:
@@ -292,18 +306,19 @@ def science_random_examples(
     """Random play in ScienceWorld: its language, and the habit of copying names and forms of commands. Adds the names of
     the things in sight to `names`.
 
-    Three of four turns carry one command, or several, in place of the task, which are to be obeyed one after the other; in the
-    others the task's own words stand there, and any command follows.
+    Half of the turns carry one command, or several, in place of the task, which are to be obeyed one after the other; in the
+    others the task's own words stand there, and several commands about things in sight follow: names to be read there (LOG.md).
     """
     examples: list[Example] = []
     with Lessons(config.env) as lessons:
         for turn, before in lessons.wander(turns, dice):
             names.update(turn.before.objects or [])
-            told, answers = turn.description, [(f"{goal(turn.description)}. try {turn.action}.", turn.action)]
-            if dice.random() < 0.75:
-                more = [astray(turn.before, "", dice) for _ in range(dice.choice((0, ORDERS - 1)))]
-                commands = [turn.action, *more]
+            if dice.random() < 0.5:
+                commands = [turn.action, *(astray(turn.before, "", dice) for _ in range(dice.choice((0, ORDERS - 1))))]
                 told, answers = ". ".join(commands) + ".", [(f"told to {command}.", command) for command in commands]
+            else:
+                commands = [random_command(turn.before, dice) for _ in range(ORDERS)]
+                told, answers = turn.description, [(f"{goal(turn.description)}. try {command}.", command) for command in commands]
             response = "".join(prompts.answer(*answer) for answer in answers)
             examples.append(Example(_science_prompt(config, turn, before, count, told), response, "random"))
             if len(examples) % 2000 == 0:

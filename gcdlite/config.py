@@ -7,6 +7,7 @@ and the remedy; an unknown key names its nearest valid neighbour.
 from __future__ import annotations
 
 import difflib
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,7 +76,7 @@ class Rollout(Section):
 
 
 class Reward(Section):
-    kind: Literal["success", "score"] = Field("success", description="R is all or nothing, or ScienceWorld's score as a share of 100 (a failure gets 0)")
+    kind: Literal["success", "score", "progress"] = Field("success", description="R is all or nothing, or ScienceWorld's score as a share of 100: the last one (score; a failure gets 0), or the highest that was reached (progress; ours), so that a failure costs no more than what could have followed")
     success: Annotated[float, Field(gt=0)] = Field(1.0, description="R of a won episode; a lost one gets 0")
     malformed: Rate = Field(0.01, description="cost of a malformed turn, as a share of reward.success")
     inadmissible: Rate = Field(0.0, description="cost of a well-formed action that the engine does not admit, as a share of reward.success (ours; 0 in the papers)")
@@ -181,6 +182,8 @@ class Gcd(Section):
             raise ValueError(f"agree={self.agree} of votes={self.votes} decides nothing; it must be more than half of the votes, and no more than all")
         if self.suggest and not self.enabled:
             raise ValueError("suggestions come from judgments, which are off; add --gcd (gcd.enabled=true), or take --suggest away")
+        if self.head == "value" and not self.enabled:
+            raise ValueError("head=value is trained by --gcd only, and judges nothing without it; add --gcd (gcd.enabled=true), or take it out")
         if self.suggest and self.head == "value":
             raise ValueError("suggestions come from judgments in words, and head=value writes none; take --suggest away, or set gcd.head=generative")
         return self
@@ -299,6 +302,20 @@ class Config(Section):
     def iterations(self) -> int:
         """Training iterations of this run: `steps`, or 0 for what is only evaluated."""
         return 0 if self.algo.name in UNTRAINED else self.steps
+
+
+def caveats(config: Config) -> list[str]:
+    """What every table of a run's results has to say of it, beside its labeller: where it is not what the papers do."""
+    said = []
+    if cost := config.reward.inadmissible * config.reward.success:
+        said.append(f"Training charged {cost:g} for an inadmissible action (ours; not in the papers).")
+    if config.reward.kind != "success":
+        paid = "the score" if config.reward.kind == "score" else "the highest score that was reached"
+        said.append(f"Training paid {paid}, not success (ours; the papers pay success only).")
+    made = Path(config.model.name) / "made.json"
+    if Path(config.model.name).name.startswith("nano") or made.is_file() and json.loads(made.read_text())["coldstart"]["from_scratch"]:
+        said.append("nano says nothing about larger models; its shipped weights have seen judgments in their cold start, so its runs without gcd are the paper's judge_GRPO.")
+    return said
 
 
 LABELLERS = ("rules", "oracle", "api", "self")

@@ -72,7 +72,8 @@ class Episode:
     description: str  # the task in words, as the environment states it
     turns: list[Turn] = field(default_factory=list)
     won: bool = False
-    score: float = 0.0
+    score: float = 0.0  # the last one; of ScienceWorld below 0 after a failure
+    best: float = 0.0  # the highest that was reached
     reward: float = 0.0  # R in the papers: `reward.success` if won, else 0
     error: str | None = None  # why the environment gave up, if it did
 

@@ -81,6 +81,7 @@ def play(
                 if after.understood is not None:  # a list of forms cannot tell
                     turn.is_admissible = after.understood
                 episode.won, episode.score, episode.error = after.won, after.score, after.error
+                episode.best = max(episode.best, after.score)
                 observations[i] = None if after.done or len(episode.turns) >= config.env.max_turns else after
                 on_turn(episode)
             waiting = dict(zip(active, turns))
@@ -89,8 +90,8 @@ def play(
                 step = partial(pool.step, [waiting[i].action if i in waiting else None for i in range(len(tasks))])
                 answer = background.submit(step).result if half else step  # nothing to do meanwhile: step here, next
     for episode in episodes:
-        share = max(0.0, episode.score) / 100 if config.reward.kind == "score" else float(episode.won)
-        episode.reward = 0.0 if episode.error else config.reward.success * share
+        shares = {"success": float(episode.won), "score": max(0.0, episode.score) / 100, "progress": episode.best / 100}
+        episode.reward = 0.0 if episode.error else config.reward.success * shares[config.reward.kind]
     return episodes
 
 

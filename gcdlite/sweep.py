@@ -26,7 +26,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from gcdlite.config import CONFIG_DIR, Config, absolute, find_config, load, nearest, read_yaml, threads
+from gcdlite.config import CONFIG_DIR, Config, absolute, caveats, find_config, load, nearest, read_yaml, threads
 from gcdlite.records import UserError
 from gcdlite.runlog import RunLog
 
@@ -613,16 +613,11 @@ def _caption(recipe: Recipe, rows: Sequence[dict[str, Any]], note: str) -> list[
     ]
     if recipe.paper:
         said.append("Paper: what it reports; it trains all parameters, on its own splits and machines.")
-    if cost := config.reward.inadmissible * config.reward.success:
-        said.append(f"Training charged {cost:g} for an inadmissible action (ours; not in the papers).")
-    if config.reward.kind == "score":
-        said.append("Training paid the score, not success (ours; the papers pay success only).")
     if "reflection" in algorithms:
         said.append("reflection is our reading: the paper does not define it.")
     if config.env.name == "scienceworld":
         said.append("Score: the mean over episodes, of 100; a failure's is 0.")
-    if config.model.name.startswith("nano"):
-        said.append("nano says nothing about larger models; its shipped weights have seen judgments in their cold start.")
+    said += caveats(config)
     if any(row["after"] and row["iterations"] for row in rows):
         said.append("Minutes depend on what else the machine did: compare those of one sweep only.")
     return said

@@ -13,7 +13,7 @@ from typing import Any
 from gcdlite import advantages, checkpoint, coupling, envs, plan
 from gcdlite.advantages import TokenRows
 from gcdlite.coldstart import require_tag_data
-from gcdlite.config import ALGO_FIELDS, Config, threads
+from gcdlite.config import ALGO_FIELDS, Config, caveats, threads
 from gcdlite.critic import Critic
 from gcdlite.envs import closing
 from gcdlite.envs.base import Pool
@@ -283,7 +283,7 @@ def summarise(config: Config, log: RunLog, training_seconds: float, wall_seconds
         "head": config.gcd.head if config.gcd.enabled else None,
         "suggest_by": config.gcd.suggest_by if config.gcd.suggest else None,
         "seed": config.seed, "steps": config.iterations, "eval_temperature": config.eval.temperature,
-        "inadmissible_cost": config.reward.inadmissible * config.reward.success, "reward": config.reward.kind, "levels": levels,
+        "caveats": caveats(config), "levels": levels,
         "training_success_first": steps[0]["rollout/success"] if steps else None,
         "training_success_last": steps[-1]["rollout/success"] if steps else None,
         "training_seconds": round(training_seconds, 1), "wall_seconds": round(wall_seconds, 1), "threads": threads(config),

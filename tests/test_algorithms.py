@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from gcdlite import coldstart, envs, lessons, prompts, rollout
 from gcdlite import train as loop
 from gcdlite.advantages import ALGORITHMS
-from gcdlite.config import ALGO_FIELDS, UNTRAINED, Algo, check, load
+from gcdlite.config import ALGO_FIELDS, UNTRAINED, Algo, check, dump, load
 from gcdlite.envs.alfworld.games import level_tasks
 from gcdlite.gcd import labels
 from gcdlite.gcd.judge import select
@@ -248,16 +248,30 @@ def test_experts_with_tags_say_what_they_do(games_root):
 
 def test_rlvmr_without_tag_data_is_refused_before_anything_is_written(tiny, tmp_path, small_model):
     tiny.algo.name = "rlvmr"
-    with pytest.raises(UserError, match=r"coldstart --algo rlvmr --model \S+ .*model.adapter=") as refused:
+    with pytest.raises(UserError, match=r"coldstart --algo rlvmr --env alfworld --model \S+ .*--env alfworld --model \S+ model.adapter=") as refused:
         loop.train(tiny, tmp_path / "run")
     assert len(str(refused.value).splitlines()) == 1 and not (tmp_path / "run").exists()
     tiny.coldstart.from_scratch = True
-    with pytest.raises(UserError, match=r"coldstart --algo rlvmr --config nano coldstart.start=\S+ .*--model DIR/model"):
-        coldstart.require_tag_data(tiny)
+    for env, config in (("alfworld", "nano"), ("scienceworld", "nano-scienceworld")):
+        tiny.env.name = env
+        with pytest.raises(UserError, match=rf"coldstart --algo rlvmr --env {env} --config {config} coldstart.start=\S+ .*--env {env} --config {config} --model DIR/model rollout.max_new"):
+            coldstart.require_tag_data(tiny)
+    tiny.env.name = "alfworld"
     (tmp_path / "tagged").mkdir()
     (tmp_path / "tagged" / "config.json").write_text("{}")
-    (tmp_path / "tagged" / "made.json").write_text(json.dumps({"tags": True}))
-    coldstart.require_tag_data(tiny.model_copy(update={"model": tiny.model.model_copy(update={"name": str(tmp_path / "tagged")})}))
+    (tmp_path / "tagged" / "made.json").write_text(json.dumps({"tags": True, "environment": "alfworld"}))
+    tagged = tiny.model_copy(deep=True)
+    tagged.model.name = str(tmp_path / "tagged")
+    coldstart.require_tag_data(tagged)
+    (tmp_path / "run" / "adapter").mkdir(parents=True)  # of a run that was let in
+    dump(tagged, tmp_path / "run" / "config.yaml")
+    further = tiny.model_copy(deep=True)
+    further.model.adapter = str(tmp_path / "run" / "adapter")
+    coldstart.require_tag_data(further)
+    for config in (tagged, further):  # the tags of another environment's answers are not known here
+        config.env.name = "scienceworld"
+        with pytest.raises(UserError, match="know its tags in scienceworld"):
+            coldstart.require_tag_data(config)
     plain = Policy(tiny)
     plain.save_adapter(tmp_path / "plain")
     (tmp_path / "plain" / "made.json").write_text(json.dumps({"tags": False}))

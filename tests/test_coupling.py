@@ -73,6 +73,7 @@ def test_prediction_errors_by_hand():
 def test_scores_of_a_group_equal_the_slow_sum(small_config, keep):
     policy, dice = Policy(small_config), random.Random(0)
     small_config.update.token_budget = 24  # several packs, in an order of their own
+    small_config.rollout.temperature = 0.7
     task = Task("t", "t", "t")
 
     def episode(won, turns):
@@ -91,9 +92,9 @@ def test_scores_of_a_group_equal_the_slow_sum(small_config, keep):
             out = policy.model(input_ids=torch.tensor([turn.prompt_ids + turn.response_ids]), output_hidden_states=True)
             n = len(turn.prompt_ids)
             for k, token in enumerate(turn.response_ids):
-                g = -out.logits[0, n + k - 1].softmax(-1)
+                g = -(out.logits[0, n + k - 1] / 0.7).softmax(-1)
                 g[token] += 1
-                tokens.append((e.won, g.detach(), out.hidden_states[-1][0, n + k - 1].detach()))
+                tokens.append((e.won, g.detach() / 0.7, out.hidden_states[-1][0, n + k - 1].detach()))
     if keep == "occurring":
         said = sorted({i for e in group.episodes for turn in e.turns for i in turn.response_ids})
         full = sum(float(g @ g) for _, g, _ in tokens)

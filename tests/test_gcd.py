@@ -4,10 +4,11 @@ import random
 
 import pytest
 
-from gcdlite.gcd.judge import accuracy, judgment_samples, select
+from gcdlite.gcd.judge import accuracy, judge, judgment_samples, select
 from gcdlite.gcd.labels import label, oracle, rules
 from gcdlite.prompts import judge_prompt, judgment, parse_judgment, parse_response, turn_prompt
 from gcdlite.records import Episode, Judgment, LabelledTurn, Task, Turn
+from gcdlite.sampling import Completion
 
 TASK = Task("t", "pick_and_place_simple", "t")
 QUIET = ["Nothing happens.", "look", "inventory", "help"]
@@ -64,6 +65,32 @@ def test_oracle():
         step("end"),
     )
     assert oracle(episode) == {0: 1, 1: 0, 2: 0, 4: 0}
+
+
+def test_each_turn_is_judged_as_often_as_asked_and_a_verdict_earns_by_its_own_turns_label():
+    class Scripted:
+        """Says "good" of every first judgment of a turn, "bad" of every second."""
+
+        encode = staticmethod(lambda text: [ord(letter) for letter in text])
+        decode = staticmethod(lambda ids: judgment("why", ids[0], "look", "look closer."))
+
+        def generate(self, prompts, **how):
+            self.prompts, self.how = prompts, how
+            return [Completion([1 - i % 2], [0.0]) for i in range(len(prompts))]
+
+    policy = Scripted()
+    turns = [Turn("", [], [1], [2], [-1.0], f"answer {i}", "go", False, True, bare_prompt=f"prompt {i}") for i in range(3)]
+    targets = [LabelledTurn(turn, value, "rules") for turn, value in zip(turns, (1, 0, 1))]
+    how = {"max_new_tokens": 7, "temperature": 0.5, "rng": None}
+    judgments = judge(policy, targets, group_size=2, success_rate=0.3, style="brief", **how)
+    asked = [judge_prompt("brief", t.bare_prompt, t.response, 0.3) for t in turns for _ in range(2)]
+    assert ["".join(map(chr, ids)) for ids in policy.prompts] == asked and policy.how == how
+    assert [(j.target, j.prompt_ids, j.response_ids, j.verdict, j.reward) for j in judgments] == [
+        (targets[i // 2], policy.prompts[i], [1 - i % 2], 1 - i % 2, float((1 - i % 2) == targets[i // 2].label)) for i in range(6)
+    ]
+    samples = judgment_samples(judgments, 2)
+    assert [s.unit for s in samples] == [0, 0, 1, 1, 2, 2]
+    assert [s.advantages[0] > 0 for s in samples] == [True, False, False, True, True, False]
 
 
 def test_stacked_labellers_drop_conflicts_and_keep_the_win():

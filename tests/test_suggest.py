@@ -118,15 +118,19 @@ def test_an_api_writes_the_rules(small_config):
     assert suggest.renew([], old, 20, small_config, policy, Fake()) is None
 
 
-def test_the_reference_writes_the_rules(small_config):
+@pytest.mark.parametrize("env, kind", [("alfworld", "household"), ("scienceworld", "science")])
+def test_the_reference_writes_the_rules(small_config, env, kind):
     from gcdlite.sampling import Completion
 
-    policy, switched = Policy(small_config), []
+    small_config.env.name, small_config.model.prompt = env, "full"
+    policy, switched, asked = Policy(small_config), [], []
+    policy.encode = lambda text: asked.append(text) or [1]
     adapters = lambda: [m.disable_adapters for m in policy.model.modules() if hasattr(m, "disable_adapters")]  # noqa: E731
     policy.generate = lambda prompts, **_: switched.append(all(adapters())) or [Completion([k], [0.0]) for k in range(len(prompts))]
     policy.decode = lambda ids: f"<rule>rule {ids[0]}</rule>"
     new = suggest.renew(NOTES, Suggestion(), 10, small_config, policy, None)
     assert new.rules == ["rule 0", "rule 1"] and new.source == "policy" and switched == [True]
+    assert len(asked) == 2 and all(f"{kind} tasks" in text for text in asked)
 
 
 def test_templates_take_their_themes_from_the_mistakes(small_config):

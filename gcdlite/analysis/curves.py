@@ -53,7 +53,7 @@ def logs(runs: Sequence[Path]) -> dict[str, list[dict]]:
 
 
 def paid_score(folder: Path) -> bool:
-    return load(folder / "config.yaml").reward.kind == "score"
+    return load(folder / "config.yaml").reward.kind != "success"
 
 
 def trained(name: str, events: Sequence[dict]) -> list[dict[str, Any]]:

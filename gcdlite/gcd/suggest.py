@@ -142,7 +142,7 @@ def renew(notes: Sequence[Note], old: Suggestion, iteration: int, config: Config
 
 def distil(policy: Policy, found: Sequence[Sequence[str]], config: Config) -> list[str]:
     """The reference policy's rule for each theme, written greedily."""
-    ids = [policy.encode(prompts.distil_prompt(config.model.prompt, theme)) for theme in found]
+    ids = [policy.encode(prompts.distil_prompt(config.model.prompt, theme, config.env.name)) for theme in found]
     with policy.reference():
         done = policy.generate(ids, max_new_tokens=config.gcd.max_new_tokens, temperature=0.0, rng=torch.Generator())
     return [policy.decode(completion.ids) for completion in done]

@@ -439,15 +439,7 @@ def closing_table(summary: dict[str, Any]) -> RenderableType:
     notes += ["Success in %, 95 % Wilson interval, n games. Judge: balanced accuracy against the oracle."]
     named = SCIENCE_LEVELS if summary["environment"] == "scienceworld" else LEVELS
     notes += ["; ".join(f"{level}: {named[level]}" for level in summary["levels"] if level in named) + "."]
-    if cost := summary.get("inadmissible_cost"):
-        notes += [f"Training charged {cost:g} for an inadmissible action (ours; not in the papers)."]
-    if summary.get("reward") == "score":
-        notes += ["Training paid the score, not success (ours; the papers pay success only)."]
-    if summary["model"] == "nano":
-        notes += [
-            "nano's cold start holds judgments, so its runs without gcd are the paper's judge_GRPO; "
-            "its figures say nothing about larger models."
-        ]
+    notes += summary.get("caveats", [])
     notes += [f"Training took {clock(summary['training_seconds'])}, the whole run {clock(summary['wall_seconds'])}."]
     return Group(Text(" · ".join(about), "bold"), Text(how), table, *(Text(note, "dim") for note in notes))
 
