@@ -292,7 +292,7 @@ def demonstrations(
     good turns where the policy has too few. Raises UserError when no path wins, EngineError when ScienceWorld's simulator fails."""
     if config.env.name == "scienceworld":
         with Lessons(config.env, level=level) as lessons:
-            for turns in lessons.episodes(episodes, dice, harmless=True):
+            for turns in lessons.episodes(episodes, dice, harmless=True, fewer=True):
                 yield [_shown(config, t, turns[:i], count) for i, t in enumerate(turns)]
     else:
         tasks, prior = pool.tasks(level), make_prior(pool.tasks("train"), 500, dice)

@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -157,7 +158,7 @@ def test_sketches_keep_cosines():
 
 def test_the_four_cosines_are_those_of_mean_gradients(policy, small_config, tmp_path):
     found = made(policy, 16, two_units=False)
-    rows = similarity.measure(policy, found, Options(samples=8, bootstrap=20), small_config, output(tmp_path), "x")
+    rows = similarity.measure(policy, found, Options(samples=8, bootstrap=20), small_config, output(tmp_path), "k", "x")
     weight = head_weight(policy)
     means = {
         (d, c): torch.stack([reference(policy, s.sample, [weight])[0] for s in found if s.domain == d and s.positive == c]).mean(0)
@@ -172,9 +173,40 @@ def test_the_four_cosines_are_those_of_mean_gradients(policy, small_config, tmp_
     assert len({round(r["cosine"], 6) for r in rows}) == 4
 
 
+def test_sums_that_were_kept_are_not_computed_again_and_go_when_all_is_done(policy, small_config, tmp_path, monkeypatch):
+    found, opts, folder = made(policy, 16, two_units=False), Options(samples=8, bootstrap=20), output(tmp_path)
+    whole = similarity.measure(policy, found, opts, small_config, folder, "k", "x")
+    kept = sorted(p.name for p in (tmp_path / "parts").iterdir())
+    assert len(kept) == 4 and all(name.startswith("sums-k-0-") for name in kept)
+    (tmp_path / "parts" / kept[0]).unlink()  # as if it had been stopped there
+    asked, original = [], Head.of
+    monkeypatch.setattr(Head, "of", lambda *args: asked.append(1) or original(*args))
+    assert similarity.measure(policy, found, opts, small_config, folder, "k", "x") == whole and len(asked) == 4
+    folder.forget("sums-k-")
+    assert not list((tmp_path / "parts").iterdir())
+
+
+def test_what_was_measured_elsewhere_stands_beside_it(policy, small_config, tmp_path, capsys):
+    opts, small_config.env.name = Options(samples=8, bootstrap=20), "scienceworld"
+    first = Output(tmp_path / "first", {"options": {"parameters": "lm_head", "classes": "episodes"}})
+    found = [replace(s, source="reference" if s.positive and s.domain == "OOD" else "sampled") for s in made(policy, 16, two_units=False)]
+    rows = [{"data": "alfworld", "iteration": 0} | row | {"paper_7B": 0.5} for row in similarity.measure(policy, found, opts, small_config, first, "k", "x")]
+    first.table("similarity", "x", rows)
+    both = replace(opts, beside=(str(tmp_path / "first"),))
+    similarity.check(both)
+    second = output(tmp_path / "second")
+    again = similarity.finished(str(tmp_path / "first"), both)
+    assert [r["data"] for r in again] == ["alfworld"] * 4 and again[1]["source_OOD"] == "reference"
+    similarity.draw_figure([*again, *({**r, "data": "scienceworld", "source_OOD": "sampled"} for r in again)], "note", second)
+    caption = (tmp_path / "second" / "similarity.txt").read_text()
+    assert "alfworld: nn 4+4, np 4+4*, pn 4+4, pp 4+4*; scienceworld: nn 4+4, np 4+4, " in caption and "*: with positives that an expert" in caption
+    with pytest.raises(UserError, match="--classes episodes, and this is with rules"):
+        similarity.check(replace(both, classes="rules"))
+
+
 def test_an_empty_set_has_no_cosine(policy, small_config, tmp_path):
     found = [s for s in made(policy, 8) if not (s.positive and s.domain == "OOD")]
-    rows = similarity.measure(policy, found, Options(bootstrap=5), small_config, output(tmp_path), "x")
+    rows = similarity.measure(policy, found, Options(bootstrap=5), small_config, output(tmp_path), "k", "x")
     assert [r["cosine"] is None for r in rows] == [False, True, False, True] and rows[1]["n_OOD"] == 0
 
 
@@ -428,9 +460,20 @@ def test_too_few_positives_are_replaced_as_a_whole(policy, small_config, tmp_pat
     for s in theirs:
         text = policy.tokenizer.decode(s.sample.response_ids)
         assert text.startswith("<think>") and not prompts.parse_response(text)[1] and s.sample.response_ids[-1] == policy.tokenizer.eos_token_id
-    rows = {r["pair"]: r for r in similarity.measure(policy, mixed, opts, small_config, output(tmp_path), "x")}
+    rows = {r["pair"]: r for r in similarity.measure(policy, mixed, opts, small_config, output(tmp_path), "k", "x")}
     assert (rows["np"]["source_ID"], rows["np"]["source_OOD"], rows["np"]["n_OOD"]) == ("sampled", "reference", 6)
     assert rows["pp"]["units_OOD"] == len({s.unit for s in gather.draw(mixed, 6, small_config.seed)["OOD", True]})
+
+
+def test_one_long_episode_is_no_set_of_positives(policy, small_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(gather, "_references", lambda *args: iter([replace(s, source="reference") for s in made(policy, 8) if s.positive]))
+
+    def kept(units):
+        found = [replace(s, unit=i % units) for i, s in enumerate(made(policy, 48))]
+        folder = output(tmp_path / str(units))
+        return {s.source for s in gather.with_references(found, policy, None, "env", Options(reference=8), small_config, folder) if s.positive}
+
+    assert kept(48) == {"sampled"} and kept(3) == {"reference"}
 
 
 def test_solutions_stand_in_for_right_answers(policy, small_config, tmp_path):
@@ -513,8 +556,32 @@ def test_means_over_pairs_need_no_pairs(policy, small_config, tmp_path):
             for s in found
         ]
     )
-    once = hidden.gap_draws(sketches, [s.positive for s in found], torch.ones(1, 9))
+    once = hidden.gap_draws(sketches, [s.positive for s in found], [s.unit for s in found], torch.ones(1, 9))
     assert once.item() == pytest.approx(rows[0]["gap"], rel=0.02)  # every sample drawn once: the gap itself
+
+
+def test_turns_of_one_episode_are_no_pair(policy, small_config, tmp_path):
+    """Four episodes: two of one class, two of both; in their own order, not one after the other."""
+    found = [replace(s, unit=i % 4, positive=(i % 4 == 0) or (i % 4 > 1 and i > 5)) for i, s in enumerate(made(policy, 12))]
+    rows, told = hidden.measure(policy, found, Options(vocab="full", bootstrap=50), small_config, output(tmp_path), "x")
+    table = torch.tensor([[by_definition(policy, a, b) for b in found] for a in found])
+    unit = table / table.diagonal().sqrt().outer(table.diagonal().sqrt())
+    apart = torch.tensor([[a.unit != b.unit for b in found] for a in found])
+    alike = torch.tensor([[a.positive == b.positive for b in found] for a in found])
+    inside = ~apart & ~torch.eye(12, dtype=torch.bool)
+    for row, values in zip(rows, (table, unit)):
+        assert row["same"] == pytest.approx(values[alike & apart].mean().item(), rel=1e-3, abs=1e-5)
+        assert row["cross"] == pytest.approx(values[~alike & apart].mean().item(), rel=1e-3, abs=1e-5)
+        assert abs(row["same"] - values[alike & (apart | inside)].mean().item()) > 1e-3  # which is another number
+    for i, t in enumerate(told):
+        assert sum(t.cross) == pytest.approx(table[i][(~alike & apart)[i]].mean().item(), rel=1e-3, abs=1e-4)
+        assert sum(t.same) == pytest.approx(table[i][(alike & apart)[i]].mean().item(), rel=1e-3, abs=1e-4)
+    head = plain(policy.model).get_output_embeddings()
+    sketches = torch.stack([sketch([hidden.matrix(head, *gradients.states(policy, s.sample, small_config), None)[0]]) for s in found])
+    once = hidden.gap_draws(sketches, [s.positive for s in found], [s.unit for s in found], torch.ones(1, 12))
+    assert once.item() == pytest.approx(rows[0]["gap"], rel=0.02)
+    two = [replace(s, unit=int(s.positive)) for s in found]  # all of a class in one episode: nothing to compare within
+    assert hidden.measure(policy, two, Options(), small_config, output(tmp_path / "two"), "x")[0][0]["gap"] is None
 
 
 def test_the_restricted_vocabulary_drops_rows_and_says_how_much(policy, small_config):
@@ -775,6 +842,11 @@ def test_every_analysis_leaves_tables_and_figures_and_resumes(name, more, files,
         assert len((tmp_path / "out" / f"{file}.txt").read_text()) > 100
     if name == "behaviour":
         assert "not won in 3 turns" in (tmp_path / "out" / "failures.txt").read_text()
+    if files == ["similarity"]:  # and what another call measures can stand in one table with it
+        beside = [*words, "--samples", "3", "--classes", "oracle", "--sets", "gsm8k", "--gsm8k", more[-1], "--beside", str(tmp_path / "out")]
+        assert run.main(["analyze", name, "--out", str(tmp_path / "two"), *beside]) == 0
+        rows = json.loads((tmp_path / "two" / "similarity.json").read_text())["rows"]
+        assert [r["data"] for r in rows] == ["alfworld"] * 4 + ["gsm8k"] * 8 and not list((tmp_path / "two" / "parts").glob("sums-*"))
     monkeypatch.setattr(Policy, "generate", None)  # nothing may be asked again
     assert run.main(call) == 0
     assert {f: (tmp_path / "out" / f"{f}.csv").read_text() for f in files} == table
@@ -906,11 +978,12 @@ def test_an_interrupted_analysis_keeps_its_batches(policy, small_config, tmp_pat
             if len(played) == last:
                 raise KeyboardInterrupt
             played.append([t.id for t in tasks])
+            seeds.append(rest[1].initial_seed())
             return original(policy, pool, tasks, *rest)
 
         return play
 
-    original, levels = gather.play, {"ID": "L0", "OOD": "L2"}
+    original, levels, seeds = gather.play, {"ID": "L0", "OOD": "L2"}, []
     with envs.closing(envs.make(small_config)) as pool:
         look = lambda folder: gather.episodes_of(policy, pool, levels, small_config, 4, output(folder), Stage(0, None))  # noqa: E731
         straight = look(tmp_path / "straight")
@@ -923,6 +996,7 @@ def test_an_interrupted_analysis_keeps_its_batches(policy, small_config, tmp_pat
     said = [[[t.response_ids for t in e.turns] for some in found.values() for e in some] for found in (straight, resumed)]
     assert said[0] == said[1] and len(said[0]) == 8
     assert said[0][0] != said[0][2]  # batches draw from generators of their own, not from equal ones
+    assert len(set(seeds)) == 4  # nor do levels share theirs: their first games would be in step, which looks like similarity
 
 
 def test_influence_from_the_command_line(games_root, tmp_path, monkeypatch, capsys):
@@ -949,6 +1023,7 @@ def test_influence_from_the_command_line(games_root, tmp_path, monkeypatch, caps
         (["similarity", "nowhere"], "nowhere is no run folder"),
         (["similarity", "a", "b"], "a is no run folder"),
         (["behaviour", "a", "b"], "one run folder"),
+        (["similarity", "--beside", "nowhere"], "there is no similarity.json"),
         (["similarity", "--sets", "maths"], "none of env, math, gsm8k"),
         (["similarity", "--sets", "gsm8k", "--gsm8k", "nowhere"], "cannot read the questions in nowhere"),
         (["similarity", "--conflict"], "--parameters adapter"),

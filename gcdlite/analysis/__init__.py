@@ -38,6 +38,7 @@ FLAGS = (
     ("--sets", str, "NAMES", ("similarity",), "data sets joined by commas: env, math, gsm8k"),
     ("--math", str, "FILE", ("similarity",), "MATH-500 as JSON lines; unset: from the hub"),
     ("--gsm8k", str, "FILE", ("similarity",), "GSM8K's test split as JSON lines; unset: from the hub"),
+    ("--beside", str, "DIR,DIR", ("similarity",), "folders of finished similarity analyses, whose rows stand in the table and figure, too"),
     ("--inputs", bool, None, ("similarity",), "instead: similarity of the prompts, environment against GSM8K"),
     ("--conflict", bool, None, ("similarity",), "instead: cosine of the policy gradient with judging and with a value head"),
     ("--answer-tokens", int, "N", ("similarity",), "longest answer to a question, in tokens"),
@@ -75,6 +76,7 @@ class Options:
     sets: str = "env"
     math: str | None = None
     gsm8k: str | None = None
+    beside: tuple[str, ...] = ()
     inputs: bool = False
     conflict: bool = False
     answer_tokens: int = 384
@@ -111,7 +113,10 @@ def options(name: str, given: dict[str, Any], runs: Sequence[Path] = ()) -> Opti
         flag, _, _, readers, _ = row
         if given.get(field(row)) is not None and name not in readers:
             faults.append(f"{flag} means nothing to {name}, only to {', '.join(readers)}")
-    chosen = Options(runs=tuple(runs), **DEFAULTS.get(name, {}) | {k: v for k, v in given.items() if v is not None})
+    taken = {k: v for k, v in given.items() if v is not None}
+    if "beside" in taken:
+        taken["beside"] = tuple(taken["beside"].split(","))
+    chosen = Options(runs=tuple(runs), **DEFAULTS.get(name, {}) | taken)
     for setting, low, high in (
         ("games", 0, None), ("samples", 2, None), ("answer_tokens", 1, None), ("reference", 0, None), ("bootstrap", 2, None), ("resamples", 1, None), ("turns", 1, None),
         ("q", 0, 1), ("r", 0, 1), ("delta", -1, 1), ("push", 0, None), ("xi", 0, None), ("lr", 0, None), ("nudge", 0, None),

@@ -35,6 +35,7 @@ from gcdlite.runlog import read_lines
 
 T = TypeVar("T")
 DOMAINS = ("ID", "OOD")
+EPISODES = 4  # fewest won episodes that make a set of positives, where experts' may stand in their place
 SAMPLED, REFERENCE = "sampled", "reference"  # who wrote a specimen: the policy, or an expert or a data set
 
 
@@ -157,7 +158,7 @@ def episodes_of(
         tasks, played[domain] = stratified(pool.tasks(name), games), []
         with output.progress(f"iteration {stage.iteration}: playing {name}", len(tasks)) as step:
             for start, some in batches(tasks, policy.rows):
-                play_some = partial(play, policy, pool, some, config, batch_rng(config.seed, start), heat)
+                play_some = partial(play, policy, pool, some, config, batch_rng(config.seed, name, start), heat)
                 played[domain] += sound(output.part(f"episodes-{stage.key}-{name}-{start}", play_some))
                 for _ in some:
                     step()
@@ -169,9 +170,13 @@ def batches(items: Sequence[T], size: int) -> Iterator[tuple[int, Sequence[T]]]:
     return ((start, items[start : start + size]) for start in range(0, len(items), size))
 
 
-def batch_rng(seed: int, start: int) -> torch.Generator:
-    """The generator of the batch that begins there."""
-    return torch.Generator().manual_seed(random.Random(f"{seed} {start}").randrange(2**63))
+def batch_rng(seed: int, name: str, start: int) -> torch.Generator:
+    """The generator of the batch of a level or data set that begins there.
+
+    Each has its own: from one stream, the first games of two levels would draw the same numbers turn by turn, and what two
+    sets of samples share in that way looks like similarity (.05 in place of 0 on nano; LOG.md).
+    """
+    return torch.Generator().manual_seed(random.Random(f"{seed} {name} {start}").randrange(2**63))
 
 
 def check_classes(classes: str) -> str:
@@ -215,7 +220,7 @@ def answers(policy: Policy, name: str, options: Options, config: Config, output:
 
     def ask(start: int, some: Sequence[tuple[str, qa.Question]]) -> list[Specimen]:
         ids = [policy.encode(prompts.question_prompt(config.model.prompt, q.problem)) for _, q in some]
-        rng = batch_rng(config.seed, start)
+        rng = batch_rng(config.seed, name, start)
         done = policy.generate(ids, max_new_tokens=options.answer_tokens, temperature=config.rollout.temperature, rng=rng)
         found = []
         for k, ((domain, question), prompt, answer) in enumerate(zip(some, ids, done)):
@@ -237,8 +242,10 @@ def with_references(
     found: Sequence[Specimen], policy: Policy, pool: Pool | None, name: str, options: Options, config: Config, output: Output
 ) -> list[Specimen]:
     """The specimens; in a domain with fewer than `--reference` positives these are replaced, all of them, by what an expert
-    did (turns of won episodes on games of the level), or by the solutions of the data set. They are off-policy."""
-    short = [d for d in DOMAINS if sum(s.positive and s.domain == d for s in found) < options.reference]
+    did (turns of won episodes on games of the level), or by the solutions of the data set. They are off-policy. The same where
+    they are of fewer than EPISODES episodes, since one long one says little of a domain."""
+    units = {d: [s.unit for s in found if s.positive and s.domain == d] for d in DOMAINS}
+    short = [d for d, some in units.items() if len(some) < options.reference or len(set(some)) < min(EPISODES, options.reference)]
     if not short:
         return list(found)
     theirs = output.part(f"references-{name}", lambda: list(_references(policy, pool, name, options, config)))

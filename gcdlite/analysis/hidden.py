@@ -7,7 +7,7 @@ gradients with respect to an untied lm_head. Written with M, means over all pair
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -56,7 +56,7 @@ def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, c
         told[stage.run] = stage, tokens
     meant = "turns of won and of lost episodes" if options.classes == "episodes" else f"good and bad turns ({options.classes} labels)"
     note = (
-        f"Mean coupling of Equation 2 over pairs of different turns of one class (same) and of both (cross); classes: {meant}. cosine: every M scaled "
+        f"Mean coupling of Equation 2 over pairs of turns from different episodes, of one class (same) and of both (cross); classes: {meant}. cosine: every M scaled "
         "to length 1. Low, high: of the gap, ±1.96 bootstrap standard errors over episodes. dropped: share of |g|² in vocabulary rows left out."
     )
     output.table("hidden", "Hidden-state coupling (old paper, Fig. 8)", rows, note)
@@ -95,41 +95,61 @@ def matrix(head: nn.Module, hidden: Tensor, targets: Tensor, rows: Tensor | None
 
 @dataclass
 class Pairs:
-    """Sums over one class from which the means over its pairs follow: sum of M, sum of |M|^2, number."""
+    """Sums over one class from which the means over its pairs follow. Turns of one episode are no pair: they are alike for
+    that, and would all be counted to the same class where episodes are the classes."""
 
-    total: Tensor | None = None
-    squares: float = 0.0
+    total: Tensor | None = None  # sum of M
     n: int = 0
+    inside: float = 0.0  # sum over episodes of |sum of the episode's M|^2, and the number of its pairs, (a, a) among them
+    pairs_inside: int = 0
 
     def add(self, m: Tensor) -> None:
         self.total = m.clone() if self.total is None else self.total.add_(m)
-        self.squares += m.square().sum().item()
         self.n += 1
 
+    def close(self, episode: Pairs) -> None:
+        """Take one episode's turns of this class."""
+        if episode.total is not None:
+            self.total = episode.total if self.total is None else self.total.add_(episode.total)
+            self.n += episode.n
+            self.inside += dot(episode.total, episode.total)
+            self.pairs_inside += episode.n**2
 
-def pair_means(good: Pairs, bad: Pairs) -> tuple[float, float]:
-    """(mean coupling of different samples of the same class, of samples of different classes).
 
-    sum over a != b of <M_a, M_b> = |sum M|^2 - sum |M|^2, so that no pair is ever computed.
+def pair_means(good: Pairs, bad: Pairs, crossing: tuple[float, int]) -> tuple[float, float]:
+    """(mean coupling of turns of the same class, of turns of different classes), over pairs from different episodes.
+
+    sum over pairs of <M_a, M_b> = |sum M|^2 - sum over episodes of |its sum of M|^2, so that no pair is ever computed.
+    `crossing`: sum and number of the pairs of different classes inside episodes.
     """
-    same = sum(dot(p.total, p.total) - p.squares for p in (good, bad))
-    return same / sum(p.n * (p.n - 1) for p in (good, bad)), dot(good.total, bad.total) / (good.n * bad.n)
+    same = sum(dot(p.total, p.total) - p.inside for p in (good, bad))
+    cross = dot(good.total, bad.total) - crossing[0]
+    return same / sum(p.n**2 - p.pairs_inside for p in (good, bad)), cross / (good.n * bad.n - crossing[1])
+
+
+def has_pairs(chosen: Sequence[Specimen]) -> bool:
+    """Whether there are pairs from different episodes, of the same class and of both."""
+    units = {c: Counter(s.unit for s in chosen if s.positive == c) for c in (True, False)}
+    same = sum(some.total() ** 2 - sum(k * k for k in some.values()) for some in units.values())
+    cross = units[True].total() * units[False].total() - sum(k * units[False][u] for u, k in units[True].items())
+    return bool(same and cross)
 
 
 def dot(a: Tensor, b: Tensor) -> float:
     return (a.double() * b.double()).sum().item()
 
 
-def gap_draws(sketches: Tensor, positive: Sequence[bool], weights: Tensor) -> Tensor:
+def gap_draws(sketches: Tensor, positive: Sequence[bool], units: Sequence[int], weights: Tensor) -> Tensor:
     """The gap (same - cross) of each bootstrap sample, (times,). weights (times, n): how often each sample was drawn."""
-    gram = (sketches @ sketches.T).double()
-    gram.fill_diagonal_(0)
+    episode = torch.tensor(units)
+    apart = (episode[:, None] != episode).double()
+    gram = (sketches @ sketches.T).double() * apart
     good = torch.tensor(positive, dtype=torch.float64)
     w = weights.double()
 
     def pairs(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """(sum of couplings, number) over pairs of different samples."""
-        return ((a @ gram) * b).sum(1), a.sum(1) * b.sum(1) - (a * b).sum(1)
+        """(sum of couplings, number) over pairs from different episodes."""
+        return ((a @ gram) * b).sum(1), ((a @ apart) * b).sum(1)
 
     one, two = w * good, w * (1 - good)
     (gg, n_gg), (bb, n_bb), (gb, n_gb) = pairs(one, one), pairs(two, two), pairs(one, two)
@@ -152,34 +172,48 @@ class Told:
 def measure(
     policy: Policy, chosen: Sequence[Specimen], options: Options, config: Config, output: Output, what: str
 ) -> tuple[list[dict], list[Told]]:
-    """(rows of the table, one raw and one cosine; tokens of every sample). ([row of None], []) with an empty class."""
+    """(rows of the table, one raw and one cosine; tokens of every sample). ([row of None], []) where there are no pairs."""
     n = {c: sum(s.positive == c for s in chosen) for c in (True, False)}
-    sizes = {"n_good": n[True], "n_bad": n[False]}
+    sizes = {"n_good": n[True], "n_bad": n[False]} | {f"{name}_{d}": sum(s.positive == c and s.domain == d for s in chosen) for d in gather.DOMAINS for name, c in (("good", True), ("bad", False))}
     head = plain(policy.model).get_output_embeddings()
-    if min(n.values()) < 2:
+    if not has_pairs(chosen):
         blank = dict.fromkeys(("same", "cross", "gap", "low", "high", "dropped"))
         return [{"measure": m} | blank | sizes for m in ("raw", "cosine")], []
     rows = kept_rows(chosen, options.vocab, len(head.weight))
     raw, unit = ({True: Pairs(), False: Pairs()} for _ in range(2))
-    sketches, dropped, whole = [], 0.0, 0.0
+    crossing = {"raw": [0.0, 0], "cosine": [0.0, 0]}
+    sketches, told = [torch.empty(0)] * len(chosen), [None] * len(chosen)
+    dropped = whole = 0.0
+    episodes = gather.clusters([s.unit for s in chosen])  # one after the other: only one episode's sums are kept at a time
     with output.progress(what, 2 * len(chosen)) as step:
-        for s in chosen:
-            m, left, all_ = matrix(head, *states(policy, s.sample, config), rows)
-            dropped, whole = dropped + left, whole + all_
-            raw[s.positive].add(m)
-            unit[s.positive].add(m / m.norm())
-            sketches.append(sketch([m]))
-            step()
-        told = []
-        for s in chosen:
-            told.append(tell(policy, head, s, raw, rows, config))
-            step()
-    table, positive = torch.stack(sketches), [s.positive for s in chosen]
-    weights = gather.resampled([s.unit for s in chosen], options.bootstrap, config.seed)
+        for places in episodes:
+            mine, mine_unit = _episode_sums(), _episode_sums()
+            for i in places:
+                m, left, all_ = matrix(head, *states(policy, chosen[i].sample, config), rows)
+                dropped, whole = dropped + left, whole + all_
+                mine[chosen[i].positive].add(m)
+                mine_unit[chosen[i].positive].add(m / m.norm())
+                sketches[i] = sketch([m])
+                step()
+            for name, own, sums in (("raw", mine, raw), ("cosine", mine_unit, unit)):
+                if own[True].n and own[False].n:
+                    crossing[name][0] += dot(own[True].total, own[False].total)
+                    crossing[name][1] += own[True].n * own[False].n
+                for c in (True, False):
+                    sums[c].close(own[c])
+        for places in episodes:
+            mine = _episode_sums()
+            for i in places:
+                mine[chosen[i].positive].add(matrix(head, *states(policy, chosen[i].sample, config), rows)[0])
+            for i in places:
+                told[i] = tell(policy, head, chosen[i], raw, mine, rows, config)
+                step()
+    table, positive, units = torch.stack(sketches), [s.positive for s in chosen], [s.unit for s in chosen]
+    weights = gather.resampled(units, options.bootstrap, config.seed)
     result = []
     for name, sums, sketched in (("raw", raw, table), ("cosine", unit, torch.nn.functional.normalize(table))):
-        same, cross = pair_means(sums[True], sums[False])
-        low, high = gather.interval(same - cross, gap_draws(sketched, positive, weights))
+        same, cross = pair_means(sums[True], sums[False], tuple(crossing[name]))
+        low, high = gather.interval(same - cross, gap_draws(sketched, positive, units, weights))
         result.append(
             {"measure": name, "same": same, "cross": cross, "gap": same - cross, "low": low, "high": high, "dropped": dropped / whole}
             | sizes
@@ -187,17 +221,22 @@ def measure(
     return result, told
 
 
-def tell(policy: Policy, head: nn.Module, s: Specimen, raw: dict[bool, Pairs], rows: Tensor | None, config: Config) -> Told:
-    """What each token k of a sample adds: g_k^T M h_k with M the mean of the other class, and of the rest of its own.
+def _episode_sums() -> dict[bool, Pairs]:
+    return {True: Pairs(), False: Pairs()}
 
-    The sum over k is the sample's mean coupling with that class.
+
+def tell(
+    policy: Policy, head: nn.Module, s: Specimen, raw: dict[bool, Pairs], episode: dict[bool, Pairs], rows: Tensor | None, config: Config
+) -> Told:
+    """What each token k of a sample adds: g_k^T M h_k with M the mean of the other class, and of its own, over other episodes.
+
+    The sum over k is the sample's mean coupling with that class; 0 where no other episode has it.
     """
     hidden, targets = states(policy, s.sample, config)
-    own, other = raw[s.positive], raw[not s.positive]
-    mine, _, _ = matrix(head, hidden, targets, rows)
     scores: dict[str, list[float]] = {}
-    for name, m in (("cross", other.total / other.n), ("same", (own.total - mine) / (own.n - 1))):
-        scores[name] = token_scores(head, hidden, targets, m, rows).tolist()
+    for name, c in (("cross", not s.positive), ("same", s.positive)):
+        rest = raw[c].total if episode[c].total is None else raw[c].total - episode[c].total
+        scores[name] = token_scores(head, hidden, targets, rest / max(1, raw[c].n - episode[c].n), rows).tolist()
     pieces, parts = gather.token_parts(policy, s.sample.response_ids)
     return Told(pieces, parts, scores["cross"], scores["same"], s.positive, s.action, s.domain)
 

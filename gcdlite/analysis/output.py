@@ -79,6 +79,11 @@ class Output:
         os.replace(scratch, file)
         return value
 
+    def forget(self, prefix: str) -> None:
+        """Delete the parts whose names begin so: what they were needed for is done."""
+        for file in (self.folder / "parts").glob(f"{prefix}*.pt"):
+            file.unlink()
+
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)
 

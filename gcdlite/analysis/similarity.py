@@ -6,14 +6,18 @@ log-prob (no advantage): nn, np, pn, pp, first letter the in-domain set, second 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from functools import partial
+from itertools import chain
+from pathlib import Path
 
 import torch
 
 from gcdlite.analysis import Options, gather
 from gcdlite.analysis import output as out
-from gcdlite.analysis.gather import Specimen, Stage
+from gcdlite.analysis.gather import REFERENCE, Specimen, Stage
 from gcdlite.analysis.gradients import Summary, collect, inner, space
 from gcdlite.analysis.output import Output
 from gcdlite.config import Config
@@ -35,6 +39,8 @@ def check(options: Options) -> None:
     if unknown := [n for n in names if n not in ("env", "math", "gsm8k")]:
         raise UserError(f"--sets {options.sets}: {unknown[0]!r} is none of env, math, gsm8k (env is the environment of the settings)")
     gather.two_levels(options.levels)
+    for folder in options.beside:
+        finished(folder, options)
     for name in {"math", "gsm8k"} & set(names):
         qa.load(name, getattr(options, name))
 
@@ -47,10 +53,12 @@ def run(policy: Policy, pool: Pool | None, stages: Sequence[Stage], options: Opt
         gather.enter(policy, stage)
         for name in sets:
             found = gather.with_references(specimens(policy, pool, name, options, config, output, stage), policy, pool, name, options, config, output)
+            key = f"{stage.key}-{name}"
             measured = output.part(
-                f"similarity-{stage.key}-{name}",
-                lambda: measure(policy, found, options, config, output, f"iteration {stage.iteration}: gradients of {name}"),
+                f"similarity-{key}",
+                lambda: measure(policy, found, options, config, output, key, f"iteration {stage.iteration}: gradients of {name}"),
             )
+            output.forget(f"sums-{key}-")
             label = config.env.name if name == "env" else name
             rows += [{"data": label} | stage.columns | row | {"paper_7B": paper(label, row["pair"])} for row in measured]
     note = (
@@ -60,8 +68,25 @@ def run(policy: Policy, pool: Pool | None, stages: Sequence[Stage], options: Opt
         f"population would give, from {SPLITS} split halves. Sampled at temperature {config.rollout.temperature:g}. Positive: {meaning(options.classes)}; MATH and GSM8K: right answers."
         " source: who wrote a set's positives; reference: an expert, or the data set (off-policy). n: samples; units: episodes, or questions."
     )
+    rows = [*chain.from_iterable(finished(folder, options) for folder in options.beside), *rows]
     output.table("similarity", "Gradient similarity (new paper, Table 1)", rows, note)
     draw_figure(rows, note, output)
+
+
+def finished(folder: str, options: Options) -> list[dict]:
+    """The rows of a similarity that was measured before, to stand in one table with others. Raises UserError when there are none,
+    when they are of more than one state of a model, or of another kind than what is measured now."""
+    file = Path(folder) / "similarity.json"
+    if not file.is_file():
+        raise UserError(f"--beside {folder}: there is no similarity.json; give the --out folders of finished similarity analyses")
+    table = json.loads(file.read_text())
+    rows, theirs = table["rows"], table["about"]["options"]
+    for field in ("parameters", "classes"):
+        if theirs[field] != getattr(options, field):
+            raise UserError(f"--beside {folder} was measured with --{field} {theirs[field]}, and this is with {getattr(options, field)}: they do not compare")
+    if len({(row.get("run"), row["iteration"]) for row in rows}) != 1:
+        raise UserError(f"--beside {folder}: it has several iterations or runs, which make a figure of their own")
+    return rows
 
 
 def meaning(classes: str) -> str:
@@ -84,8 +109,11 @@ def specimens(
     return gather.specimens(episodes, options.classes, config)
 
 
-def measure(policy: Policy, found: Sequence[Specimen], options: Options, config: Config, output: Output, what: str) -> list[dict]:
-    """The four cosines with intervals, ceilings and sample sizes; a row with an empty set has None for them."""
+def measure(
+    policy: Policy, found: Sequence[Specimen], options: Options, config: Config, output: Output, key: str, what: str
+) -> list[dict]:
+    """The four cosines with intervals, ceilings and sample sizes; a row with an empty set has None for them. Each set's sums
+    are kept as the part `sums-KEY-…` until all is done."""
     sets = gather.draw(found, options.samples, config.seed)
     draws = range(DRAWS if options.parameters == "adapter" else 1)
     results = []
@@ -99,7 +127,13 @@ def measure(policy: Policy, found: Sequence[Specimen], options: Options, config:
                         yield where.of(s.sample, [1 / n] * n)
                         step()
 
-                summaries = {key: collect(gradients(some), [s.unit for s in some]) for key, some in sets.items()}
+                summaries = {
+                    (domain, positive): output.part(
+                        f"sums-{key}-{draw}-{domain}-{'positive' if positive else 'negative'}",
+                        partial(collect, gradients(some), [s.unit for s in some]),
+                    )
+                    for (domain, positive), some in sets.items()
+                }
             results.append(
                 {pair: compare(summaries["ID", a], summaries["OOD", b], options.bootstrap, config.seed) for pair, (a, b) in PAIRS.items()}
             )
@@ -158,18 +192,24 @@ def reliability(summary: Summary, seed: int) -> float | None:
     return max(0.0, 2 * c / (1 + c))
 
 
+def sources(row: dict) -> tuple[str | None, str | None]:
+    """Who wrote the positives of the row's two sets."""
+    return row["source_ID"], row["source_OOD"]
+
+
 def draw_figure(rows: Sequence[dict], note: str, output: Output) -> None:
     """One stage: bars of the four cosines by data set. Several: their course over training, one panel a data set and run."""
     runs = gather.by_run(rows)
     data = list(dict.fromkeys(r["data"] for r in rows))
     iterations = sorted({r["iteration"] for r in rows})
     sizes = "; ".join(
-        f"{d} {name}".strip() + ": " + ", ".join(f"{r['pair']} {r['n_ID']}+{r['n_OOD']}" for r in mine if r["data"] == d and r["iteration"] == mine[-1]["iteration"])
+        f"{d} {name}".strip() + ": " + ", ".join(f"{r['pair']} {r['n_ID']}+{r['n_OOD']}" + "*" * (REFERENCE in sources(r)) for r in mine if r["data"] == d and r["iteration"] == mine[-1]["iteration"])
         for d in data
         for name, mine in runs.items()
     )
-    caption = f"{note} Samples (ID+OOD{'' if len(iterations) == 1 else ', last iteration'}): {sizes}. Short horizontal lines: ceiling."
-    if len(iterations) == len(runs) == 1:
+    starred = " *: with positives that an expert or the data set wrote (off-policy)." if any(REFERENCE in sources(r) for r in rows) else ""
+    caption = f"{note} Samples (ID+OOD{'' if len(iterations) == 1 else ', last iteration'}): {sizes}.{starred} Short horizontal lines: ceiling."
+    if all(len({(r.get("run"), r["iteration"]) for r in rows if r["data"] == d}) == 1 for d in data):
         figure, ax = out.axes(width=2.4 + 1.6 * len(data))
         for i, pair in enumerate(PAIRS):
             for k, d in enumerate(data):
@@ -184,7 +224,7 @@ def draw_figure(rows: Sequence[dict], note: str, output: Output) -> None:
                     )
                 if row["ceiling"] is not None:
                     ax.plot([x - 0.09, x + 0.09], [row["ceiling"]] * 2, color="0.0", lw=1.6)
-                ax.text(x, 0, pair, ha="center", va="bottom", fontsize=7, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8})
+                ax.text(x, 0, pair + "*" * (REFERENCE in sources(row)), ha="center", va="bottom", fontsize=7, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8})
         ax.set_xticks(range(len(data)), data)
         ax.set_ylabel("cosine of mean gradients")
         ax.grid(axis="x", visible=False)

@@ -201,11 +201,13 @@ class Lessons:
     def __exit__(self, *_: object) -> None:
         self.gold.close()
 
-    def episodes(self, count: int, dice: random.Random, stray: float = 0.0, harmless: bool = False) -> Iterator[list[Lesson]]:
+    def episodes(
+        self, count: int, dice: random.Random, stray: float = 0.0, harmless: bool = False, fewer: bool = False
+    ) -> Iterator[list[Lesson]]:
         """`count` episodes that follow gold paths which win within the turns; `stray` is the chance of a random command
         before an action. With `harmless` these change nothing, and the episode itself is won within the turns.
 
-        Raises UserError when ten times as many tasks do not give that many."""
+        When ten times as many tasks do not give that many: raises UserError, or with `fewer`, if there is one at all, ends."""
         if not count:
             return
         found = 0
@@ -222,6 +224,8 @@ class Lessons:
             found += 1
             if found == count:
                 return
+        if fewer and found:
+            return
         raise UserError(f"only {found} of {count} gold paths win within env.max_turns={self.env.max_turns}: raise it, or lower coldstart.trajectories")
 
     def wander(self, count: int, dice: random.Random) -> Iterator[tuple[Lesson, list[Lesson]]]:
