@@ -32,7 +32,7 @@ from gcdlite.envs.alfworld import generated_root
 from gcdlite.envs.alfworld.engine import Game
 from gcdlite.envs.alfworld.experts import Prior
 from gcdlite.envs.alfworld.games import IN_DOMAIN, OUT_OF_DOMAIN, find_games
-from gcdlite.envs.scienceworld.experts import ROOMS, Lesson, Lessons, astray, goal, random_command, thought
+from gcdlite.envs.scienceworld.experts import ROOMS, Lesson, Lessons, astray, random_command, thought
 from gcdlite.gcd.labels import verdict
 from gcdlite.lessons import NAME, SUCCESS_RATES, Example, Style, copying, exercises, expert_examples, judgment_text, laps, make_prior, orders, random_examples, reasoning_tag, reminders, swap_names, swap_things, won_episodes
 from gcdlite.nano import build_model, build_tokenizer
@@ -306,8 +306,9 @@ def science_random_examples(
     """Random play in ScienceWorld: its language, and the habit of copying names and forms of commands. Adds the names of
     the things in sight to `names`.
 
-    Half of the turns carry one command, or several, in place of the task, which are to be obeyed one after the other; in the
-    others the task's own words stand there, and several commands about things in sight follow: names to be read there (LOG.md).
+    Half of the turns carry one command, or several, in place of the task, which are to be obeyed one after the other; the
+    others ask for any commands about things in sight, names to be read there. Never do they carry a task's own words: what
+    follows those is for experts to show (LOG.md).
     """
     examples: list[Example] = []
     with Lessons(config.env) as lessons:
@@ -318,7 +319,7 @@ def science_random_examples(
                 told, answers = ". ".join(commands) + ".", [(f"told to {command}.", command) for command in commands]
             else:
                 commands = [random_command(turn.before, dice) for _ in range(ORDERS)]
-                told, answers = turn.description, [(f"{goal(turn.description)}. try {command}.", command) for command in commands]
+                told, answers = "try what is in sight.", [(f"try {command}.", command) for command in commands]
             response = "".join(prompts.answer(*answer) for answer in answers)
             examples.append(Example(_science_prompt(config, turn, before, count, told), response, "random"))
             if len(examples) % 2000 == 0:
