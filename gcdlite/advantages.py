@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from statistics import fmean, stdev
 
 from gcdlite.records import Episode, Group, Sample, Turn
@@ -100,8 +100,7 @@ def gigpo(
     """A = A_E + omega A_S: group in group (Feng et al. 2025, Sec. 4).
 
     A_E is GRPO's. For A_S, turns of the group at which the agent saw the same observation form an anchor group, and
-    their step returns R_t = r_t + gamma R_{t+1} (r is 0 but for R_i at the last turn), less the turn's own cost, are
-    normalised inside it; `step_norm: mean` leaves the std out. A turn alone in its anchor group gets A_S = 0.
+    their step returns R_t = r_t + gamma R_{t+1} (`step_rewards`), less the turn's own cost, are normalised inside it; `step_norm: mean` leaves the std out. A turn alone in its anchor group gets A_S = 0.
     """
     costs = turn_costs(group, malformed, inadmissible)
     seen = [[t.observation for t in e.turns] for e in group.episodes]
@@ -110,10 +109,17 @@ def gigpo(
     return plus(grpo(group, malformed, inadmissible, norm_over), omega, steps)
 
 
+def step_rewards(episode: Episode) -> list[float]:
+    """r_t of each turn; their sum is the episode's reward R. With `reward.kind=success` R comes with the last turn; a score
+    is earned where it rises, and what a failure takes away is taken at the end."""
+    earned = [t.earned for t in episode.turns]
+    return [*earned[:-1], episode.reward - sum(earned[:-1])] if earned else []
+
+
 def step_returns(episode: Episode, gamma: float) -> list[float]:
-    """R_t = gamma^(T - 1 - t) R of each of the T turns: the reward comes with the last one."""
-    last = len(episode.turns) - 1
-    return [episode.reward * gamma ** (last - t) for t in range(last + 1)]
+    """R_t = r_t + gamma R_{t+1} of each turn."""
+    returns = list(accumulate(reversed(step_rewards(episode)), lambda later, r: r + gamma * later))
+    return returns[::-1]
 
 
 def rlvmr(group: Group, malformed: float, inadmissible: float, norm_over: str = "episodes", meta_weight: float = 1.0) -> Rows:
@@ -182,14 +188,12 @@ def ppo(
 ) -> TokenRows:
     """Generalised advantage estimation over the response tokens of each whole episode (Schulman et al. 2016, Eq. 16).
 
-    `features` are the critic's values V before each token. A turn pays its cost at its last token, and the episode's
-    reward comes with its very last one. With gamma = lambda = 1 this is return - V. Whitening comes later, over the batch.
+    `features` are the critic's values V before each token. What a turn earns and costs (`step_rewards`) comes with its last
+    token. With gamma = lambda = 1 this is return - V. Whitening comes later, over the batch.
     """
     out = []
     for episode, row, values in zip(group.episodes, turn_costs(group, malformed, inadmissible), features):
-        rewards = [r for cost, turn in zip(row, values) for r in [0.0] * (len(turn) - 1) + [-cost]]
-        if rewards:
-            rewards[-1] += episode.reward
+        rewards = [r for earned, cost, turn in zip(step_rewards(episode), row, values) for r in [0.0] * (len(turn) - 1) + [earned - cost]]
         flat = iter(gae(rewards, [v for turn in values for v in turn], gae_gamma, gae_lambda))
         out.append([[next(flat) for _ in turn] for turn in values])
     return out

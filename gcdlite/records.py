@@ -64,6 +64,7 @@ class Turn:
     bare_prompt: str = ""  # the prompt's text without the suggestion block: what the judge is shown
     tag: str = ""  # rlvmr only: the kind of reasoning that the answer names; "" without one
     brief: str = ""  # the observation as later prompts recall it, where that is shorter
+    earned: float = 0.0  # what it brought of the episode's reward at once; the rest comes with the last turn
 
 
 @dataclass

@@ -81,6 +81,8 @@ def play(
                 if after.understood is not None:  # a list of forms cannot tell
                     turn.is_admissible = after.understood
                 episode.won, episode.score, episode.error = after.won, after.score, after.error
+                if config.reward.kind != "success":
+                    turn.earned = config.reward.success * max(0.0, after.score - episode.best) / 100
                 episode.best = max(episode.best, after.score)
                 observations[i] = None if after.done or len(episode.turns) >= config.env.max_turns else after
                 on_turn(episode)

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from gcdlite.advantages import (
-    damped, gae, gigpo, give_targets, grpo, meta_rewards, normalise, nthr, policy_samples, ppo, rloo, rlvmr, turn_cost, zero_variance,
+    damped, gae, gigpo, give_targets, grpo, meta_rewards, normalise, nthr, policy_samples, ppo, rloo, rlvmr, step_returns, step_rewards, turn_cost, zero_variance,
 )  # fmt: skip
 from gcdlite.records import Episode, Group, Task, Turn
 
@@ -88,6 +88,22 @@ def test_gigpo_by_hand():
     assert rounded(gigpo(group, 0.0, 0.0, gamma=0.5)) == [[1.8618, 0.7071], [-1.2845, -1.2845]]
     assert rounded(gigpo(group, 0.0, 0.0, gamma=0.5, omega=2.0, step_norm="mean")) == [[1.3738, 0.7071], [-1.0404, -1.0404]]
     assert rounded(gigpo(group, 0.0, 0.0, omega=0.0)) == rounded(grpo(group, 0.0, 0.0))
+
+
+def test_a_score_is_earned_where_it_rises():
+    """Of a reward of .6, .5 come with the first turn; a failure takes what was earned at the end."""
+    better, failed = episode(0.6, turn(2), turn(1), turn(1)), episode(0.0, turn(), turn(seen="b"))
+    better.turns[0].earned = failed.turns[0].earned = 0.5
+    better.turns[2].earned = 0.1
+    assert step_rewards(better) == pytest.approx([0.5, 0.0, 0.1]) and step_rewards(failed) == [0.5, -0.5]
+    assert step_returns(better, 0.5) == pytest.approx([0.525, 0.05, 0.1]) and step_returns(failed, 0.5) == [0.25, -0.5]
+    group = Group(TASK, [better, failed])
+    alike = [0.525, 0.05, 0.1, 0.25]  # returns where "seen" was seen
+    mean = sum(alike) / 4
+    wanted = [[a + r - mean for r in alike[:3]] for a in (1 / math.sqrt(2),)] + [[-1 / math.sqrt(2) + 0.25 - mean, -1 / math.sqrt(2)]]
+    found = gigpo(group, 0.0, 0.0, gamma=0.5, step_norm="mean")
+    assert [v for row in found for v in row] == pytest.approx([v for row in wanted for v in row], abs=1e-4)
+    assert ppo(group, 0.0, 0.0, [[[0.0] * 2, [0.0], [0.0]], [[0.0] * 3, [0.0] * 3]])[0] == [pytest.approx(row) for row in ([0.6, 0.6], [0.1], [0.1])]
 
 
 def test_gigpo_anchors_stay_in_the_group_and_look_at_the_text_only():
@@ -181,10 +197,12 @@ def test_targets_come_before_whitening():
 
 def random_group(dice):
     def random_turn():
-        return turn(
+        made = turn(
             dice.randint(1, 3), dice.random() < 0.2, dice.random() < 0.8, dice.choice("abc"), dice.choice(["go", "look", "open"]),
             dice.choice(["planning", "explore", "reflection", "monitor"]),
         )  # fmt: skip
+        made.earned = dice.choice([0.0, 0.0, 0.25])
+        return made
 
     return Group(TASK, [episode(float(dice.random() < 0.5), *(random_turn() for _ in range(dice.randint(1, 6)))) for _ in range(4)])
 
@@ -212,7 +230,7 @@ def slow_value(name, group, i, t, options):
     if name == "gigpo":
 
         def step(x, k):
-            future = [x.reward if s == len(x.turns) - 1 else 0.0 for s in range(k, len(x.turns))]
+            future = [u.earned for u in x.turns[k:-1]] + [x.reward - sum(u.earned for u in x.turns[:-1])]
             return sum(r * options["gamma"] ** s for s, r in enumerate(future)) - turn_cost(x.turns[k], c, d)
 
         same = [step(x, k) for x in group.episodes for k, u in enumerate(x.turns) if u.observation == e.turns[t].observation]

@@ -267,7 +267,8 @@ class FailingPool(SmallPool):
 def test_the_score_as_reward(kind, last, failed):
     config = check({"reward": {"kind": kind, "success": 10.0}})
     for pool, reward in ((SmallPool(), last), (FailingPool(), failed)):
-        assert [e.reward for e in play(Talker("wait1"), pool, [make_task("boil", 0)], config, None, 1.0)] == [reward]
+        (e,) = play(Talker("wait1"), pool, [make_task("boil", 0)], config, None, 1.0)
+        assert e.reward == reward and [t.earned for t in e.turns] == [0.0 if kind == "success" else 4.0, 0.0]
 
 
 # --- what is missing is told in one line
