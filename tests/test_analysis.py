@@ -2,12 +2,14 @@
 
 import gc
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.image import imread
 from torch import nn
 
 from gcdlite import checkpoint, prompts
@@ -256,12 +258,16 @@ def test_the_ceiling_is_what_two_samples_of_one_population_give():
 
 
 def test_tf_idf_by_hand():
-    from gcdlite.analysis.inputs import pairwise, tf_idf
+    from gcdlite.analysis.inputs import cosines, mean_draws, tf_idf, upper
 
     table = tf_idf(["Take apple, apple", "take MUG"])  # words: apple, mug, take
     rare = 1 + torch.log(torch.tensor(3 / 2)).item()
     assert torch.allclose(table, torch.tensor([[2 * rare, 0, 1], [0, rare, 1]]))
-    assert pairwise(torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]])).tolist() == [0.0, 1.0, 0.0]
+    table = cosines(torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]]))
+    assert upper(table).tolist() == [0.0, 1.0, 0.0]
+    # every prompt once: the mean of the pairs; the first twice and the second never: two pairs, both of cosine 1; the second alone: no pair
+    drawn = mean_draws(table, torch.tensor([[1, 1, 1], [2, 0, 1], [1, 2, 0]]))
+    assert drawn.tolist() == pytest.approx([1 / 3, 1.0, 0.0])
 
 
 def test_task_conflict_uses_the_gradient_of_a_fitted_value_head(policy, small_config):
@@ -829,6 +835,8 @@ def words(games_root, small_model, small_config):
 def test_every_analysis_leaves_tables_and_figures_and_resumes(name, more, files, words, tmp_path, monkeypatch, capsys):
     import run
 
+    drawn, draw = [], Output.figure
+    monkeypatch.setattr(Output, "figure", lambda self, called, figure, caption: drawn.append(figure) or draw(self, called, figure, caption))
     more = [*more, "--gsm8k", str(questions(tmp_path))] if "env,gsm8k" in more or "--inputs" in more else more
     call = ["analyze", name, "--out", str(tmp_path / "out"), *words, *more]
     assert run.main(call) == 0
@@ -839,7 +847,14 @@ def test_every_analysis_leaves_tables_and_figures_and_resumes(name, more, files,
         assert (tmp_path / "out" / f"{file}.png").read_bytes()[:4] == b"\x89PNG" and "<svg" in (
             tmp_path / "out" / f"{file}.svg"
         ).read_text()
-        assert len((tmp_path / "out" / f"{file}.txt").read_text()) > 100
+        caption = (tmp_path / "out" / f"{file}.txt").read_text()
+        assert re.search("bootstrap|Wilson", caption) and re.search(r"\d+ (good|bad|games|turns|won|lost|prompts)|\d\+\d|n \d|n=\d", caption), caption
+        pixels = imread(tmp_path / "out" / f"{file}.png")[..., :3]
+        assert (pixels.max(-1) == pixels.min(-1)).all()  # nothing is told by a colour
+    for figure in drawn:
+        panels = [ax for ax in figure.axes if ax.axison]
+        named = lambda axis: axis.get_label_text() or any(t.get_text().strip("0123456789.−") for t in axis.get_ticklabels())  # noqa: E731
+        assert not panels or (named(panels[0].yaxis) and all(named(ax.xaxis) for ax in panels))
     if name == "behaviour":
         assert "not won in 3 turns" in (tmp_path / "out" / "failures.txt").read_text()
     if files == ["similarity"]:  # and what another call measures can stand in one table with it

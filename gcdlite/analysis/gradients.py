@@ -241,7 +241,7 @@ class Summary:
 
 
 def collect(gradients: Iterator[Gradient], units: Sequence[int], width: int = WIDTH) -> Summary:
-    """Run through gradients once, keeping a running sum (in main memory) and a sketch of each."""
+    """Run through gradients once, keeping a running sum (where the gradients are) and a sketch of each."""
     total: Gradient | None = None
     sketches = []
     for gradient in gradients:

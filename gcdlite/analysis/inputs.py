@@ -32,32 +32,37 @@ def run(policy: Policy, pool: Pool | None, stages: Sequence[Stage], options: Opt
     gather.enter(policy, stage)
     levels = gather.two_levels(options.levels)
 
-    def texts() -> dict[str, list[list[int]]]:
+    def texts() -> dict[str, list[tuple[int, list[int]]]]:
+        """(episode or question, prompt) of each data set."""
         episodes = gather.episodes_of(policy, pool, levels, config, options.games, output, stage)
-        turns = [t.prompt_ids for played in episodes.values() for e in played for t in e.turns]
+        played = [e for some in episodes.values() for e in some]
+        turns = [(unit, t.prompt_ids) for unit, e in enumerate(played) for t in e.turns]
         questions = [q for some in gather.by_domain("gsm8k", options, config.seed).values() for q in some]
-        asked = [policy.encode(prompts.question_prompt(config.model.prompt, q.problem)) for q in questions]
+        asked = [(unit, policy.encode(prompts.question_prompt(config.model.prompt, q.problem))) for unit, q in enumerate(questions)]
         return {config.env.name: evenly(turns, 2 * options.samples), "gsm8k": evenly(asked, 2 * options.samples)}
 
     prompts_of = output.part(f"inputs-{stage.key}-prompts", texts)
     rows, values = [], {}
-    for name, ids in prompts_of.items():
+    for name, some in prompts_of.items():
+        units, ids = zip(*some)
 
         def measured(ids=ids) -> dict[str, Tensor]:
             with output.progress(f"hidden states of {name}", len(ids)) as step:
                 means = torch.stack([mean_state(policy, p, step) for p in ids])
-            return {"TF-IDF": pairwise(tf_idf([policy.tokenizer.decode(p) for p in ids])), "mean hidden state": pairwise(means)}
+            return {"TF-IDF": cosines(tf_idf([policy.tokenizer.decode(p) for p in ids])), "mean hidden state": cosines(means)}
 
-        for kind, cosines in output.part(f"inputs-{stage.key}-{name}", measured).items():
-            values[kind, name] = cosines
-            low, middle, high = (torch.quantile(cosines, q).item() for q in (0.05, 0.5, 0.95))
+        for kind, table in output.part(f"inputs-{stage.key}-{name}", measured).items():
+            values[kind, name] = pairs = upper(table)
+            low, high = gather.interval(pairs.mean().item(), mean_draws(table, gather.resampled(units, options.bootstrap, config.seed)))
+            five, middle, most = (torch.quantile(pairs, q).item() for q in (0.05, 0.5, 0.95))
             rows.append(
-                {"measure": kind, "data": name, "mean": cosines.mean().item(), "5_percent": low, "median": middle, "95_percent": high,
-                 "prompts": len(ids), "pairs": len(cosines)}
+                {"measure": kind, "data": name, "mean": pairs.mean().item(), "low": low, "high": high, "5_percent": five, "median": middle,
+                 "95_percent": most, "prompts": len(ids), "units": len(set(units)), "pairs": len(pairs)}
             )  # fmt: skip
     note = (
         "Cosine between the prompts of one data set, over all pairs of different prompts; whole user messages, instructions "
-        "included. The mean runs over the last layer's states at the prompt's tokens."
+        "included. The mean runs over the last layer's states at the prompt's tokens. low, high: of the mean, ±1.96 bootstrap standard errors over "
+        "episodes, or questions (units)."
     )
     output.table("inputs", "Input similarity (old paper, Fig. 3a)", rows, note)
     figure, panels = out.axes(1, 2, width=7.0, height=3.0)
@@ -99,8 +104,20 @@ def mean_state(policy: Policy, ids: Sequence[int], step: Callable[[], None]) -> 
     return states[0].float().mean(0).cpu()
 
 
-def pairwise(rows: Tensor) -> Tensor:
-    """Cosines of all pairs of different rows: (n, d) -> (n (n - 1) / 2,)"""
+def cosines(rows: Tensor) -> Tensor:
+    """Of every row with every row: (n, d) -> (n, n)"""
     unit = torch.nn.functional.normalize(rows, dim=1)
-    i, j = torch.triu_indices(len(rows), len(rows), offset=1)
-    return (unit @ unit.T)[i, j]
+    return unit @ unit.T
+
+
+def upper(table: Tensor) -> Tensor:
+    """The pairs of different rows of such a table: (n, n) -> (n (n - 1) / 2,)"""
+    i, j = torch.triu_indices(len(table), len(table), offset=1)
+    return table[i, j]
+
+
+def mean_draws(table: Tensor, weights: Tensor) -> Tensor:
+    """The mean over pairs of different prompts in each bootstrap sample, (times,). weights (times, n): how often each was drawn."""
+    w = weights.double()
+    apart = 1 - torch.eye(len(table), dtype=torch.float64)
+    return ((w @ (table.double() * apart)) * w).sum(1) / ((w @ apart) * w).sum(1)

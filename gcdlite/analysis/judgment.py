@@ -119,6 +119,8 @@ def draw_figure(rows: Sequence[dict], note: str, output: Output) -> None:
     if len(iterations) == 1:
         for i, name in enumerate(("good", "bad", "balanced")):
             mine = [r for r in rows if r["class"] == name and r["accuracy"] is not None]
+            if not mine:
+                continue
             x = [levels.index(r["level"]) + 0.25 * (i - 1) for r in mine]
             error = out.errors(*([r[k] for r in mine] for k in ("accuracy", "low", "high")))
             ax.bar(x, [r["accuracy"] for r in mine], 0.22, yerr=error, capsize=2, label=name, error_kw={"lw": 0.8}, **out.bars(i))
