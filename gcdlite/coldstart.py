@@ -34,7 +34,7 @@ from gcdlite.envs.alfworld.experts import Prior
 from gcdlite.envs.alfworld.games import IN_DOMAIN, OUT_OF_DOMAIN, find_games
 from gcdlite.envs.scienceworld.experts import ROOMS, Lesson, Lessons, astray, random_command, thought
 from gcdlite.gcd.labels import verdict
-from gcdlite.lessons import NAME, SUCCESS_RATES, Example, Style, copying, exercises, expert_examples, judgment_text, laps, make_prior, orders, random_examples, reasoning_tag, reminders, swap_names, swap_things, won_episodes
+from gcdlite.lessons import NAME, SUCCESS_RATES, TRY, Example, Style, copying, exercises, expert_examples, judgment_text, laps, make_prior, orders, random_examples, reasoning_tag, reminders, sights, swap_names, swap_things, won_episodes
 from gcdlite.nano import build_model, build_tokenizer
 from gcdlite.policy import Policy, load_tokenizer, resolve
 from gcdlite.records import Task, UserError
@@ -152,7 +152,8 @@ def _science_material(config: Config, dice: random.Random) -> Material:
         play = science_random_examples(config, dice, cfg.base_turns, lambda text: len(re.findall(r"\w+|[^\w\s]", text)), seen)
         names = _plain_names(seen)
         drill = orders(_commands(play), names, cfg.exercises, dice)
-        phases = [copying(sorted(seen), cfg.lists, dice), drill, [swap_things(e, names, dice) if dice.random() < 0.75 else e for e in play]]
+        looks = sights(sorted(seen), cfg.exercises, dice)
+        phases = [copying(sorted(seen), cfg.lists, dice), drill, looks, [swap_things(e, names, dice) if dice.random() < 0.75 else e for e in play]]
 
     def retold(lesson: Example, names: Sequence[str]) -> Example:
         """With another thing in the task: what else there is keeps its name, since what it is good for is worth knowing."""
@@ -163,7 +164,7 @@ def _science_material(config: Config, dice: random.Random) -> Material:
         seen: set[str] = set()
         examples = science_lessons(config, dice, count, seen)
         names = _plain_names(seen)
-        drill = orders(_commands(examples), names, cfg.reminders, dice)
+        drill = orders(_commands(examples), names, cfg.reminders, dice) + sights(sorted(seen), cfg.reminders, dice)
         play = science_random_examples(config, dice, cfg.reminders, count, seen)
         told = [retold(e, names) if e.kind == "expert" and dice.random() < 0.5 else e for e in examples]
         return told + drill + [swap_things(e, names, dice) if dice.random() < 0.75 else e for e in play]
@@ -319,7 +320,7 @@ def science_random_examples(
                 told, answers = ". ".join(commands) + ".", [(f"told to {command}.", command) for command in commands]
             else:
                 commands = [random_command(turn.before, dice) for _ in range(ORDERS)]
-                told, answers = "try what is in sight.", [(f"try {command}.", command) for command in commands]
+                told, answers = TRY, [(f"try {command}.", command) for command in commands]
             response = "".join(prompts.answer(*answer) for answer in answers)
             examples.append(Example(_science_prompt(config, turn, before, count, told), response, "random"))
             if len(examples) % 2000 == 0:

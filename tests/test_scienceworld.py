@@ -29,6 +29,7 @@ from gcdlite.envs.scienceworld.game import Game, blocked
 from gcdlite.envs.scienceworld.jvm import EngineError, Jvm, _decoded, _encoded
 from gcdlite.envs.scienceworld.levels import make_task
 from gcdlite.gcd.labels import label, verdict
+from gcdlite.lessons import sights
 from gcdlite.policy import load_tokenizer
 from gcdlite.records import Episode, Observation, Turn, UserError
 from gcdlite.rollout import play
@@ -120,6 +121,20 @@ def test_a_short_room_is_left_alone_and_the_smallest_budget_is_kept():
     many = "\n".join(f"line {i} has words" for i in range(100))
     short, _ = prompts.fit_room(many, [], 50, words)
     assert words(short) <= 50 and short.startswith("line 0 ") and short.endswith("more")
+
+
+def test_what_is_in_sight_can_only_be_read_off_the_list():
+    things = [f"thing {letter}" for letter in "abcdefghijklmnop"]
+    examples = sights(things, 40, random.Random(0))
+    lengths = set()
+    for example in examples:
+        forms, there = (example.prompt.split(f"\n{word}: ")[1].split("\n")[0].split(", ") for word in ("Can", "Things"))
+        commands = re.findall(r"<action>(.*?)</action>", example.response)
+        assert "\nTask: try what is in sight.\n" in example.prompt and len(commands) == 8 and not prompts.parse_response(example.response)[1]
+        assert set(there) <= set(things) and {name for c in commands for name in re.findall("thing .", c)} <= set(there)
+        assert {re.sub("thing .", "OBJ", c) for c in commands} <= set(forms)
+        lengths.add(len(there))
+    assert min(lengths) == 3 and max(lengths) == 14
 
 
 # --- the protocol, failures and progress by hand
