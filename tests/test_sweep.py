@@ -488,3 +488,15 @@ def test_a_real_summary_has_what_the_tables_read(small_config, tmp_path):
     assert level["score"] is None  # which ALFWorld has not, and no table shows then
     with envs.closing(envs.make(small_config)) as pool:
         assert isinstance(pool.note, str)
+
+
+KEPT = Path(command_line.__file__).parent / "docs" / "results" / "nano"
+
+
+@pytest.mark.parametrize("name", [path.stem for path in (CONFIG_DIR / "recipes").glob("nano-*.yaml") if "folder: nano\n" in path.read_text()])
+def test_the_runs_whose_summaries_are_kept_are_those_of_todays_recipes(name):
+    """Else their tables could not be made again."""
+    rows = sweep.table(sweep.read(sweep.find(name)), KEPT)
+    assert any(row["arm"] == "grpo" and row["after"] for row in rows) or name == "nano-fig5"
+    for file in KEPT.glob("*/summary.json"):
+        assert (file.parent / "config.yaml").is_file()
