@@ -32,9 +32,9 @@ from gcdlite.envs.alfworld import generated_root
 from gcdlite.envs.alfworld.engine import Game
 from gcdlite.envs.alfworld.experts import Prior
 from gcdlite.envs.alfworld.games import IN_DOMAIN, OUT_OF_DOMAIN, find_games
-from gcdlite.envs.scienceworld.experts import ROOMS, Lesson, Lessons, astray, random_command, thought
+from gcdlite.envs.scienceworld.experts import ROOMS, Lesson, Lessons, astray, goal, thought
 from gcdlite.gcd.labels import verdict
-from gcdlite.lessons import NAME, SUCCESS_RATES, TRY, Example, Style, copying, exercises, expert_examples, judgment_text, laps, make_prior, orders, random_examples, reasoning_tag, reminders, sights, swap_names, swap_things, won_episodes
+from gcdlite.lessons import NAME, SUCCESS_RATES, Example, Style, copying, exercises, expert_examples, judgment_text, laps, make_prior, orders, random_examples, reasoning_tag, reminders, swap_names, swap_things, won_episodes
 from gcdlite.nano import build_model, build_tokenizer
 from gcdlite.policy import Policy, load_tokenizer, resolve
 from gcdlite.records import Task, UserError
@@ -152,8 +152,7 @@ def _science_material(config: Config, dice: random.Random) -> Material:
         play = science_random_examples(config, dice, cfg.base_turns, lambda text: len(re.findall(r"\w+|[^\w\s]", text)), seen)
         names = _plain_names(seen)
         drill = orders(_commands(play), names, cfg.exercises, dice)
-        looks = sights(sorted(seen), cfg.exercises, dice)
-        phases = [copying(sorted(seen), cfg.lists, dice), drill, looks, [swap_things(e, names, dice) if dice.random() < 0.75 else e for e in play]]
+        phases = [copying(sorted(seen), cfg.lists, dice), drill, [swap_things(e, names, dice) if dice.random() < 0.75 else e for e in play]]
 
     def retold(lesson: Example, names: Sequence[str]) -> Example:
         """With another thing in the task: what else there is keeps its name, since what it is good for is worth knowing."""
@@ -164,10 +163,8 @@ def _science_material(config: Config, dice: random.Random) -> Material:
         seen: set[str] = set()
         examples = science_lessons(config, dice, count, seen)
         names = _plain_names(seen)
-        drill = orders(_commands(examples), names, cfg.reminders, dice) + sights(sorted(seen), cfg.reminders, dice)
-        play = science_random_examples(config, dice, cfg.reminders, count, seen)
-        told = [retold(e, names) if e.kind == "expert" and dice.random() < 0.5 else e for e in examples]
-        return told + drill + [swap_things(e, names, dice) if dice.random() < 0.75 else e for e in play]
+        drill = orders(_commands(examples), names, cfg.reminders, dice)
+        return [retold(e, names) if e.kind == "expert" and dice.random() < 0.5 else e for e in examples] + drill
 
     return Material(phases, [e for part in phases for e in part[:8000]], lessons)
 
@@ -307,20 +304,18 @@ def science_random_examples(
     """Random play in ScienceWorld: its language, and the habit of copying names and forms of commands. Adds the names of
     the things in sight to `names`.
 
-    Half of the turns carry one command, or several, in place of the task, which are to be obeyed one after the other; the
-    others ask for any commands about things in sight, names to be read there. Never do they carry a task's own words: what
-    follows those is for experts to show (LOG.md).
+    Three of four turns carry one command, or several, in place of the task, which are to be obeyed one after the other; in the
+    others the task's own words stand there, and any command follows.
     """
     examples: list[Example] = []
     with Lessons(config.env) as lessons:
         for turn, before in lessons.wander(turns, dice):
             names.update(turn.before.objects or [])
-            if dice.random() < 0.5:
-                commands = [turn.action, *(astray(turn.before, "", dice) for _ in range(dice.choice((0, ORDERS - 1))))]
+            told, answers = turn.description, [(f"{goal(turn.description)}. try {turn.action}.", turn.action)]
+            if dice.random() < 0.75:
+                more = [astray(turn.before, "", dice) for _ in range(dice.choice((0, ORDERS - 1)))]
+                commands = [turn.action, *more]
                 told, answers = ". ".join(commands) + ".", [(f"told to {command}.", command) for command in commands]
-            else:
-                commands = [random_command(turn.before, dice) for _ in range(ORDERS)]
-                told, answers = TRY, [(f"try {command}.", command) for command in commands]
             response = "".join(prompts.answer(*answer) for answer in answers)
             examples.append(Example(_science_prompt(config, turn, before, count, told), response, "random"))
             if len(examples) % 2000 == 0:

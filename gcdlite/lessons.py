@@ -455,19 +455,3 @@ def orders(commands: Sequence[str], things: Sequence[str], count: int, rng: rand
         response = "".join(prompts.answer(f"told to {command}.", command) for command in told)
         examples.append(swap_things(Example(prompt, response, "random"), things, rng))
     return examples
-
-
-TRY = "try what is in sight."  # in the task's place: any commands, about things that are there
-FORMS = ("focus on OBJ", "pick up OBJ", "open OBJ", "look at OBJ", "activate OBJ", "read OBJ", "go OBJ", "move OBJ to OBJ", "pour OBJ in OBJ", "use OBJ on OBJ")
-
-
-def sights(things: Sequence[str], count: int, rng: random.Random) -> list[Example]:
-    """ScienceWorld's things in sight and forms of commands, without a room, and commands about some of them: which names there
-    are, nothing but the list can tell."""
-    examples = []
-    for _ in range(count):
-        there, forms = sorted(rng.sample(things, min(len(things), rng.randint(3, 14)))), sorted(rng.sample(FORMS, rng.randint(2, 6)))
-        commands = [re.sub("OBJ", lambda _: rng.choice(there), rng.choice(forms)) for _ in range(LOOKS)]
-        prompt = prompts.turn_prompt("brief", TRY, rng.randrange(30), [], "", forms, objects=there)
-        examples.append(Example(prompt, "".join(prompts.answer(f"try {command}.", command) for command in commands), "random"))
-    return examples

@@ -11,7 +11,7 @@ import os
 import random
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -273,13 +273,10 @@ def astray(seen: Observation, last: str, dice: random.Random, harmless: bool = F
         return last
     if draw < 0.5:
         return f"{dice.choice(('pick up', 'open', 'look at', 'focus on'))} {dice.choice(('blue whale', 'moon', 'answer', 'telephone'))}"
-    return random_command(seen, dice, ("look around", "inventory", "look at OBJ") if harmless else ())
-
-
-def random_command(seen: Observation, dice: random.Random, chosen: Sequence[str] = ()) -> str:
-    """Any command that the prompt allows (of the `chosen` forms), about things in sight; but ten ticks of waiting."""
     forms = [form for form in seen.admissible if form != "wait"]
-    command = dice.choice([form for form in forms if not chosen or form in chosen] or forms[:1])
+    if harmless:
+        forms = [form for form in forms if form in ("look around", "inventory", "look at OBJ")] or forms[:1]
+    command = dice.choice(forms)
     while "OBJ" in command and seen.objects:
         command = command.replace("OBJ", dice.choice(seen.objects), 1)
     return command
