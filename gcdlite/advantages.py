@@ -100,7 +100,8 @@ def gigpo(
     """A = A_E + omega A_S: group in group (Feng et al. 2025, Sec. 4).
 
     A_E is GRPO's. For A_S, turns of the group at which the agent saw the same observation form an anchor group, and
-    their step returns R_t = r_t + gamma R_{t+1} (`step_rewards`), less the turn's own cost, are normalised inside it; `step_norm: mean` leaves the std out. A turn alone in its anchor group gets A_S = 0.
+    their step returns R_t = r_t + gamma R_{t+1} (`step_rewards`), less the turn's own cost, are normalised inside it;
+    `step_norm: mean` leaves the std out. A turn alone in its anchor group gets A_S = 0.
     """
     costs = turn_costs(group, malformed, inadmissible)
     seen = [[t.observation for t in e.turns] for e in group.episodes]
