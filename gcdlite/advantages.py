@@ -83,7 +83,7 @@ def rloo(group: Group, malformed: float, inadmissible: float) -> Rows:
     """
     rewards = [e.reward for e in group.episodes]
     others = max(1, len(rewards) - 1)
-    alike = max(rewards) - min(rewards) < NO_SPREAD  # else rounding would leave 1e-17, and a sample that teaches nothing
+    alike = len(rewards) < 2 or max(rewards) - min(rewards) < NO_SPREAD  # else rounding would leave 1e-17, and a sample that teaches nothing
     values = [0.0 if alike else r - (sum(rewards) - r) / others for r in rewards]
     return [[value - c for c in row] for value, row in zip(values, turn_costs(group, malformed, inadmissible))]
 
