@@ -313,7 +313,7 @@ def caveats(config: Config) -> list[str]:
         paid = "the score" if config.reward.kind == "score" else "the highest score that was reached"
         said.append(f"Training paid {paid}, not success (ours; the papers pay success only).")
     made = Path(config.model.name) / "made.json"
-    if Path(config.model.name).name.startswith("nano") or made.is_file() and json.loads(made.read_text())["coldstart"]["from_scratch"]:
+    if Path(config.model.name).name.startswith("nano") or made.is_file() and json.loads(made.read_text()).get("coldstart", {}).get("from_scratch"):
         said.append("nano says nothing about larger models; its shipped weights have seen judgments in their cold start, so its runs without gcd are the paper's judge_GRPO.")
     return said
 

@@ -188,7 +188,7 @@ def test_sums_that_were_kept_are_not_computed_again_and_go_when_all_is_done(poli
     assert not list((tmp_path / "parts").iterdir())
 
 
-def test_what_was_measured_elsewhere_stands_beside_it(policy, small_config, tmp_path, capsys):
+def test_what_was_measured_elsewhere_stands_beside_it(policy, small_config, tmp_path):
     opts, small_config.env.name = Options(samples=8, bootstrap=20), "scienceworld"
     first = Output(tmp_path / "first", {"options": {"parameters": "lm_head", "classes": "episodes"}})
     found = [replace(s, source="reference" if s.positive and s.domain == "OOD" else "sampled") for s in made(policy, 16, two_units=False)]

@@ -202,11 +202,11 @@ def measure(
                 for c in (True, False):
                     sums[c].close(own[c])
         for places in episodes:
-            mine = _episode_sums()
+            mine, state = _episode_sums(), {i: states(policy, chosen[i].sample, config) for i in places}
             for i in places:
-                mine[chosen[i].positive].add(matrix(head, *states(policy, chosen[i].sample, config), rows)[0])
+                mine[chosen[i].positive].add(matrix(head, *state[i], rows)[0])
             for i in places:
-                told[i] = tell(policy, head, chosen[i], raw, mine, rows, config)
+                told[i] = tell(policy, head, chosen[i], *state[i], raw, mine, rows)
                 step()
     table, positive, units = torch.stack(sketches), [s.positive for s in chosen], [s.unit for s in chosen]
     weights = gather.resampled(units, options.bootstrap, config.seed)
@@ -226,13 +226,13 @@ def _episode_sums() -> dict[bool, Pairs]:
 
 
 def tell(
-    policy: Policy, head: nn.Module, s: Specimen, raw: dict[bool, Pairs], episode: dict[bool, Pairs], rows: Tensor | None, config: Config
-) -> Told:
+    policy: Policy, head: nn.Module, s: Specimen, hidden: Tensor, targets: Tensor, raw: dict[bool, Pairs], episode: dict[bool, Pairs],
+    rows: Tensor | None,
+) -> Told:  # fmt: skip
     """What each token k of a sample adds: g_k^T M h_k with M the mean of the other class, and of its own, over other episodes.
 
     The sum over k is the sample's mean coupling with that class; 0 where no other episode has it.
     """
-    hidden, targets = states(policy, s.sample, config)
     scores: dict[str, list[float]] = {}
     for name, c in (("cross", not s.positive), ("same", s.positive)):
         rest = raw[c].total if episode[c].total is None else raw[c].total - episode[c].total
