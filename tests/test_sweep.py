@@ -228,6 +228,16 @@ def test_a_run_of_other_settings_is_not_taken_for_the_recipes(recipe, tmp_path):
     assert rows_of(more, tmp_path)["a"]["seeds"] == [0]
 
 
+def test_a_sweeps_folder_can_move(tmp_path):
+    recipe = written(tmp_path, seeds=[0], starts={"x": {}, "y": {}}, arms={"a": {"start": "x"}})
+    finish(recipe, tmp_path / "here", "a-s0", 0.5)
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert rows_of(recipe, tmp_path / "there")["a"]["seeds"] == [0]
+    other = written(tmp_path, seeds=[0], starts={"x": {}, "y": {}}, arms={"a": {"start": "y"}})
+    with pytest.raises(UserError, match=r"model.name='start-x/model' \(recipe: 'start-y/model'\)"):
+        sweep.table(other, tmp_path / "there")
+
+
 def test_cold_starts_come_first_and_their_weights_reach_the_arms(tmp_path, monkeypatch):
     starts = {"whole": {}, "bare": {"start": "whole", "coldstart.judgments": 0}, "spare": {}}
     recipe = written(tmp_path, seeds=[0], starts=starts, arms={"a": {"start": "bare"}, "b": {}})
@@ -490,13 +500,10 @@ def test_a_real_summary_has_what_the_tables_read(small_config, tmp_path):
         assert isinstance(pool.note, str)
 
 
-KEPT = Path(command_line.__file__).parent / "docs" / "results" / "nano"
-
-
-@pytest.mark.parametrize("name", [path.stem for path in (CONFIG_DIR / "recipes").glob("nano-*.yaml") if "folder: nano\n" in path.read_text()])
-def test_the_runs_whose_summaries_are_kept_are_those_of_todays_recipes(name):
+@pytest.mark.parametrize("folder", [path for path in (CONFIG_DIR.parent / "docs" / "results").iterdir() if path.is_dir()], ids=lambda path: path.name)
+def test_the_runs_whose_summaries_are_kept_are_those_of_todays_recipes(folder):
     """Else their tables could not be made again."""
-    rows = sweep.table(sweep.read(sweep.find(name)), KEPT)
-    assert any(row["arm"] == "grpo" and row["after"] for row in rows) or name == "nano-fig5"
-    for file in KEPT.glob("*/summary.json"):
-        assert (file.parent / "config.yaml").is_file()
+    recipes = [recipe for recipe, _ in map(shipped, SHIPPED) if sweep.default_root(recipe).name == f"sweep-{folder.name}"]
+    runs = {run.folder.name for recipe in recipes for run in sweep.check(recipe, folder) if run.state == "finished"}
+    kept = {file.parent.name for file in folder.glob("*/*.*")}
+    assert kept == runs and all((folder / name / "config.yaml").is_file() for name in runs)
