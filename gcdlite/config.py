@@ -219,6 +219,7 @@ class Eval(Section):
     levels: list[Literal["L0", "L1", "L2", "L2s", "dev"]] = Field(["L0", "L1", "L2"], description="which levels")
     judge_turns: NonNegative = Field(64, description="oracle-labelled turns a level on which the judge is measured; 0: none")
     before: bool = Field(True, description="evaluate before training, too")
+    seed: int | None = Field(None, description="of an evaluation's random numbers; unset: the run's. Another one plays the same games again: eval DIR eval.seed=1")
 
     @field_validator("levels", mode="before")
     @classmethod

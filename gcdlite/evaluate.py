@@ -46,7 +46,8 @@ def evaluate(policy: Policy, pool: Pool, level: str, config: Config, batch: int 
     tasks = pool.tasks(level)
     if config.eval.limit:
         tasks = stratified(tasks, config.eval.limit)
-    rng = torch.Generator().manual_seed(config.seed)
+    seed = config.seed if config.eval.seed is None else config.eval.seed
+    rng = torch.Generator().manual_seed(seed)
     episodes: list[Episode] = []
     for start in range(0, len(tasks), batch):
         episodes += play(policy, pool, tasks[start : start + batch], config, rng, config.eval.temperature)
@@ -60,7 +61,7 @@ def evaluate(policy: Policy, pool: Pool, level: str, config: Config, batch: int 
     for key in ("turns", "malformed", "inadmissible", "repeated", "looped", "response_tokens", "errors"):
         out[f"{name}/{key}"] = played[f"rollout/{key}"]
     if config.eval.judge_turns:
-        targets = judging.select(label(whole, "oracle"), [], config.eval.judge_turns, random.Random(config.seed))
+        targets = judging.select(label(whole, "oracle"), [], config.eval.judge_turns, random.Random(seed))
         judgments = judgments_of(policy, targets, out[name], config, rng)
         out |= {f"{name}/judge_{key}": value for key, value in judging.accuracy(judgments).items()}
         out[f"{name}/judge_n"] = len(judgments)

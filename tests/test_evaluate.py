@@ -125,6 +125,19 @@ def test_evaluation_takes_its_own_temperature_is_repeatable_and_leaves_training_
     assert first == second and torch.equal(before, torch.get_rng_state()) and dice == random.getstate()
 
 
+def test_the_same_games_can_be_played_again_with_other_random_numbers(small_config):
+    small_config.eval.temperature, small_config.eval.limit, small_config.eval.judge_turns = 1.0, 2, 0
+    pool, policy = envs.make(small_config), Policy(small_config)
+
+    def texts(seed, of_the_run):
+        small_config.eval.seed, small_config.seed = seed, of_the_run
+        played = evaluate(policy, pool, "L0", small_config)[1]
+        return [e.task.id for e in played], [turn.response for e in played for turn in e.turns]
+
+    (games, first), (again, other) = texts(None, 0), texts(1, 0)
+    assert games == again and first != other and texts(1, 2) == (again, other) and texts(None, 1) == (again, other)
+
+
 def test_evaluations_change_nothing_in_what_is_trained(small_config, tmp_path):
     """Not the random states of the loop either: with more evaluations the same run."""
     small_config.steps, small_config.eval.limit, small_config.eval.temperature = 2, 1, 1.0
