@@ -7,10 +7,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the suite never asks a hub
 
 import random
+import signal
 
 import pytest
 
 from gcdlite.config import Config, check
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C, which several tests press
 
 
 @pytest.fixture(scope="session")
