@@ -263,9 +263,9 @@ def _flat(config: Config) -> dict[str, Any]:
     for name, value in config.model_dump(exclude={"out": True, "threads": True, "coldstart": True, "eval": {"before"}}).items():
         flat |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
     for key in ("model.name", "model.adapter"):
-        place = Path(flat[key] or "").parts[-2:]
-        if place[0:1] and place[0].startswith("start-"):  # a cold start of the sweep's, wherever its folder was then
-            flat[key] = "/".join(place)
+        place = Path(flat[key] or "")
+        if place.parent.name.startswith("start-"):  # a cold start of the sweep's, wherever its folder was then
+            flat[key] = f"{place.parent.name}/{place.name}"
     return flat
 
 
