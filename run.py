@@ -128,6 +128,11 @@ def add_analyze(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(flag, type=kind, metavar=metavar, help=text)
 
 
+def add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="DIR", help="a run folder, finished or not")
+    parser.add_argument("--out", metavar="DIR", help="where report.html goes, with the figure and tables of its curves (default: DIR/report)")
+
+
 def add_games(parser: argparse.ArgumentParser) -> None:
     usual = Config().env
     parser.add_argument("--out", required=True, metavar="DIR", help="where json_2.1.1 is written")
@@ -373,6 +378,25 @@ def sweep(args: argparse.Namespace, faults: list[str]) -> int:
     return 0
 
 
+def report(args: argparse.Namespace, faults: list[str]) -> int:
+    """A run on one page; made again when asked again."""
+    stop_on(faults)
+    run = Path(args.run)
+    out = Path(args.out) if args.out else run / "report"
+    config = of_run(run, [], [])
+
+    from gcdlite.analysis import curves
+    from gcdlite.view import report as page
+
+    drawing = ""
+    if config.iterations:
+        curves.run(analysis.options("curves", {}, [run]), out)
+        drawing = (out / "curves.svg").read_text(encoding="utf-8")
+    page.write(run, out / "report.html", drawing)
+    print(f"{out / 'report.html'}")
+    return 0
+
+
 def games(args: argparse.Namespace, faults: list[str]) -> int:
     """Generate ALFWorld games."""
     stop_on(faults)
@@ -425,6 +449,7 @@ COMMANDS = {
     "sweep": (sweep, add_sweep, "several arms over several seeds: configs/recipes"),
     "labels": (labels, add_labels, "precision and recall of the labellers against the oracle"),
     "analyze": (analyze, add_analyze, "tables and figures of the papers' analyses: " + ", ".join(analysis.NAMES)),
+    "report": (report, add_report, "a run on one page: results, curves, episodes, settings"),
     "games": (games, add_games, "generate ALFWorld games"),
     "plan": (plan, add_plan, "what fits on which card, and how long a run takes"),
     "doctor": (doctor, lambda parser: None, "what works on this machine, and what to install"),

@@ -101,6 +101,7 @@ def test_help_names_every_command(capsys):
         (["--config", "nano", "env.data=nowhere"], ["env.data=nowhere holds no json_2.1.1"]),
         (["--resume", "nowhere"], ["nowhere is no run folder"]),
         (["eval", "nowhere"], ["nowhere is no run folder"]),
+        (["report", "nowhere"], ["nowhere is no run folder"]),
         (["watch"], ["required: DIR"]),
         (["games", "--out", "g", "--n", "0"], ["at least 1"]),
         (["--config", "nano", "--suggest"], ["suggestions come from judgments", "add --gcd"]),
@@ -264,10 +265,34 @@ def test_an_interrupted_run_goes_on_is_evaluated_and_watched(a_run, capsys):
     assert "seed cannot change" in refused(capsys, "labels", "run", "seed=4")
     assert kept == {name: (a_run / name).read_text() for name in kept}
 
+    assert run.main(["report", "run"]) == 0
+    page = (a_run / "report" / "report.html").read_text()
+    (after,) = [e for e in read_lines(a_run / "events.jsonl") if e["phase"] == "eval" and e["iteration"] == 2]
+    assert f"{100 * after['eval/L0']:.1f} %" in page and "n 3)" in page and "upper bound" in page
+    assert page.count("<svg") == 1 and "A lost episode" in page and "A won episode" not in page  # nobody wins in three turns
+    assert "rollout.groups=2" in page and "steps=2" in page and "lora.dropout" not in page  # what is not the default, and only that
+    assert "<think>" not in page and "torch 2" in page
+    (a_run / "summary.json").write_text("{")
+    assert "summary.json is damaged" in refused(capsys, "report", "run")
+    (a_run / "summary.json").write_text(kept["summary.json"])
+
     assert run.main(["watch", "run", "--level", "L1", "--task", "1"]) == 0
     out = capsys.readouterr().out
     assert "L1 game 1" in out and "You are in the middle of a room" in out and "not won in 3 turns" in out
     assert "L1 has the games 0 to" in refused(capsys, "watch", "run", "--level", "L1", "--task", "999")
+
+
+def test_a_report_of_an_unfinished_run_says_so_and_shows_rules_and_a_won_episode(a_run, capsys):
+    with open(a_run / "suggestions.jsonl", "a") as file:
+        file.write(json.dumps({"version": 1, "iteration": 1, "source": "template", "rules": ["look <before> you leap."], "themes": [[]]}) + "\n")
+    with open(a_run / "episodes.jsonl", "a") as file:
+        file.write(json.dumps({"iteration": 1, "phase": "train"} | EVENTS[-1]["episode"] | {"won": True}) + "\n")
+    assert run.main(["report", "run", "--out", "page"]) == 0
+    page = Path("page/report.html").read_text()
+    assert "not finished: 1 of 3 iterations" in page and "look &lt;before&gt; you leap." in page and "version 1, after iteration 1" in page
+    assert "A won episode (train, iteration 1)" in page and "coffeemachine" in page
+    assert "page is in use" not in capsys.readouterr().err
+    assert run.main(["report", "run", "--out", "page"]) == 0  # made again when asked again
 
 
 def test_a_run_that_another_process_writes_is_left_alone(a_run, capsys):
