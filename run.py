@@ -33,6 +33,8 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
+# What may change of the API in a run that goes on: where it is and what may be spent, not what is asked.
+API_WAYS = tuple(f"api.{name}" for name in ("base_url", "concurrency", "timeout", "patience", "retries", "backoff", "max_calls", "max_tokens"))
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,7 +76,7 @@ def add_settings(parser: argparse.ArgumentParser, form: str) -> None:
 
 def add_train(parser: argparse.ArgumentParser) -> None:
     add_run_flags(parser)
-    parser.add_argument("--resume", metavar="DIR", help="go on with a run; only --steps, eval.* and threads may change")
+    parser.add_argument("--resume", metavar="DIR", help="go on with a run; only --steps, eval.*, threads and how the api is reached may change")
 
 
 def add_eval(parser: argparse.ArgumentParser) -> None:
@@ -109,7 +111,7 @@ def add_labels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--level", default="train", metavar="NAME", help="train, L0, L1, L2 or L2s (default: %(default)s)")
     parser.add_argument("--games", type=int, default=64, metavar="N", help="games to play, stratified by type; 0: all (default: %(default)s)")
     parser.add_argument("--turns", type=int, default=200, metavar="N", help="turns that api and self are asked about (default: %(default)s)")
-    parser.add_argument("--out", metavar="DIR", help="where labels.json goes (default: the run folder, where one is given)")
+    parser.add_argument("--out", metavar="DIR", help="where labels.jsonl goes (default: the run folder, where one is given)")
     add_settings(parser, "section.field=value")
 
 
@@ -208,6 +210,7 @@ def evaluate(args: argparse.Namespace, faults: list[str]) -> int:
     from rich.console import Console
 
     from gcdlite import envs
+    from gcdlite.evaluate import check_levels
     from gcdlite.evaluate import evaluate as measure
     from gcdlite.plan import fit
     from gcdlite.policy import Policy
@@ -217,6 +220,7 @@ def evaluate(args: argparse.Namespace, faults: list[str]) -> int:
     print(f"evaluating {which} of {folder} on {', '.join(config.eval.levels)}", flush=True)
     metrics: dict[str, Any] = {}
     with envs.closing(envs.make(config, folder)) as pool:
+        check_levels(pool, config)
         note = pool.note
         policy = Policy(config, adapter=adapter)
         fit(policy)
@@ -294,6 +298,7 @@ def labels(args: argparse.Namespace, faults: list[str]) -> int:
     config.gcd.ask, config.env.gold = args.turns, True  # without its paths ScienceWorld's oracle would have no opinion
     with envs.closing(envs.make(config, folder if is_run else None)) as pool:
         games = pool.note
+        pool.tasks(args.level)  # a level that is not there is told before the model is loaded
         print(f"{which} of {args.source} plays {args.games or 'all'} games of {args.level} ({games})", flush=True)
         policy = Policy(config, adapter=adapter)
         fit(policy)
@@ -500,7 +505,7 @@ def resumed(args: argparse.Namespace, faults: list[str]) -> tuple[Path, Config, 
         for option, name, *_ in RUN_FLAGS
         if name != "steps" and getattr(args, name) is not None
     ]
-    config = of_run(folder, args.settings, [*faults, *fixed], {"steps": args.steps}, free=("eval.", "threads"))
+    config = of_run(folder, args.settings, [*faults, *fixed], {"steps": args.steps}, free=("eval.", "threads", *API_WAYS))
 
     from gcdlite import checkpoint, runlog
 

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from gcdlite import envs, prompts, sft
 from gcdlite.backbone import plain
-from gcdlite.config import Config, load
+from gcdlite.config import Config, flags_of, load
 from gcdlite.envs import closing
 from gcdlite.envs.base import Pool
 from gcdlite.envs.alfworld import generated_root
@@ -78,8 +78,8 @@ def adapter(config: Config, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     policy.save_adapter(folder / "adapter")
     (folder / "adapter" / MADE).write_text(json.dumps(_made(config, started), indent=1) + "\n")
-    chosen = ("--algo rlvmr " if config.algo.tagged else "") + ("--gcd gcd.head=value " if cfg.variant == "value" else "")
-    print(f"adapter: {folder / 'adapter'}; train from it with: python run.py {chosen}model.adapter={folder / 'adapter'}")
+    chosen = flags_of(config) + (" --algo rlvmr" if config.algo.tagged else "") + (" --gcd gcd.head=value" if cfg.variant == "value" else "")
+    print(f"adapter: {folder / 'adapter'}; train from it with: python run.py {chosen} model.adapter={folder / 'adapter'}")
 
 
 def from_scratch(config: Config, folder: Path) -> None:
@@ -206,18 +206,18 @@ def require_tag_data(config: Config) -> None:
             made = json.loads((folder / MADE).read_text())
             if made.get("tags") and made.get("environment", config.env.name) == config.env.name:
                 return
-        elif (folder.parent / "config.yaml").is_file():  # the adapter of a run, which was let in
-            run = load(folder.parent / "config.yaml")
-            if run.algo.tagged and run.env.name == config.env.name:
+        elif run := next((p for p in folder.parents[:3] if (p / "config.yaml").is_file() and (p / "events.jsonl").is_file()), None):
+            settings = load(run / "config.yaml")  # an adapter of a run, which was let in
+            if settings.algo.tagged and settings.env.name == config.env.name:
                 return
-    make = then = f"--env {config.env.name}"
     if config.coldstart.from_scratch:  # nano has never read the tags: only training its embeddings, too, can teach it to write them
-        nano = "nano-scienceworld" if config.env.name == "scienceworld" else "nano"
-        make += f" --config {nano} coldstart.start={config.model.name} --out DIR"
-        then += f" --config {nano} --model DIR/model rollout.max_new_tokens=64"  # a plan is longer than its other answers
+        flags = f"--env {config.env.name} --config {'nano-scienceworld' if config.env.name == 'scienceworld' else 'nano'}"
+        make = f"{flags} coldstart.start={config.model.name} --out DIR"
+        then = f"{flags} --model DIR/model rollout.max_new_tokens=64"  # a plan is longer than its other answers
     else:
-        make += f" --model {config.model.name} --out DIR"
-        then += f" --model {config.model.name} model.adapter=DIR/adapter"
+        flags = flags_of(config)
+        make = f"{flags} coldstart.from_scratch=false --out DIR" if "--config nano" in flags else f"{flags} --out DIR"
+        then = f"{flags} model.adapter=DIR/adapter"
     raise UserError(
         f"rlvmr needs weights that know its tags in {config.env.name}: python run.py coldstart --algo rlvmr {make}, then python run.py --algo rlvmr {then}"
     )

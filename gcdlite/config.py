@@ -200,15 +200,22 @@ class Api(Section):
     max_calls: NonNegative = Field(50_000, description="requests a run may send, failed ones included; 0: no limit")
     max_tokens: NonNegative = Field(50_000_000, description="tokens a run may use, prompts included; 0: no limit")
     max_new_tokens: Positive = Field(512, description="longest answer, in tokens")
+    limit_field: Literal["max_tokens", "max_completion_tokens"] = Field(
+        "max_tokens", description="what a request calls the longest answer; OpenAI's reasoning models want max_completion_tokens"
+    )
     temperature: Rate = Field(1.0, description="the server's sampling temperature")
     cache: str | None = Field(None, description="SQLite file with the answers so far; unset: api.sqlite in the kit's cache folder")
 
     @model_validator(mode="after")
     def _plain_address(self) -> Api:
         # The address goes into config.yaml and is shown, so nothing secret may be in it; nor is it repeated here.
-        parts = urlsplit(self.base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password or parts.query:
-            raise ValueError("base_url wants http(s)://host[:port][/path], without user, password or query; the key belongs into OPENAI_API_KEY")
+        try:
+            parts = urlsplit(self.base_url)
+            plain = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)  # to ask for a port that is no number is an error
+        except ValueError:
+            plain = False
+        if not plain or parts.username or parts.password or parts.query or parts.fragment:
+            raise ValueError("base_url wants http(s)://host[:port][/path], without user, password, query or fragment; the key belongs into OPENAI_API_KEY")
         return self
 
 
@@ -387,6 +394,16 @@ def find_config(name: str) -> Path:
             return path
     known = sorted(p.stem for p in CONFIG_DIR.glob("*.yaml"))
     raise UserError(f"no config file {name!r}{nearest(name, known)}; shipped ones: {', '.join(known)}")
+
+
+def flags_of(config: Config) -> str:
+    """The flags that choose these settings' environment and model again: `--env NAME --config NAME`, or `--model` where no shipped config has it.
+
+    >>> flags_of(Config())
+    '--env alfworld --config qwen2.5-1.5b'
+    """
+    shipped = next((p.stem for p in sorted(CONFIG_DIR.glob("*.yaml")) if load(p).model.name == config.model.name), None)
+    return f"--env {config.env.name} " + (f"--config {shipped}" if shipped else f"--model {config.model.name}")
 
 
 def absolute(config: Config) -> Config:

@@ -34,6 +34,12 @@ def wilson(wins: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     return (middle - spread) / (1 + z2 / n), (middle + spread) / (1 + z2 / n)
 
 
+def check_levels(pool: Pool, config: Config) -> None:
+    """Raises UserError for a level of `eval.levels` that the pool does not have: to be told before hours of training, not after."""
+    for level in config.eval.levels:
+        pool.tasks(level)
+
+
 def evaluate(policy: Policy, pool: Pool, level: str, config: Config, batch: int = 128) -> tuple[dict[str, float], list[Episode]]:
     """(metrics `eval/<level>…`, episodes) of one level.
 

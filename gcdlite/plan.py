@@ -277,8 +277,9 @@ def _held(shape: Shape, config: Config, cuda: bool) -> dict[str, int]:
     """What is there in every phase. A start adapter (model.adapter) is taken to be as large as `lora` says."""
     base, constants = weights(shape, config, cuda)
     parameters = adapter_parameters(shape, config)
-    copies = 2 if config.model.adapter else 1  # the second is the frozen reference
-    return {"weights": base, "constants": constants, "adapters": FP32 * copies * parameters, "optimizer": 3 * FP32 * parameters}
+    trained = 2 if config.algo.name == "ppo" else 1  # ppo's critic has an adapter of its own
+    copies = trained + bool(config.model.adapter)  # and a frozen one is the reference
+    return {"weights": base, "constants": constants, "adapters": FP32 * copies * parameters, "optimizer": 3 * FP32 * trained * parameters}
 
 
 # --- the choice

@@ -17,7 +17,7 @@ from gcdlite.config import ALGO_FIELDS, Config, caveats, threads
 from gcdlite.critic import Critic
 from gcdlite.envs import closing
 from gcdlite.envs.base import Pool
-from gcdlite.evaluate import evaluate
+from gcdlite.evaluate import check_levels, evaluate
 from gcdlite.gcd import api as apis
 from gcdlite.gcd import judge as judging
 from gcdlite.gcd import suggest as suggesting
@@ -46,12 +46,13 @@ def train(config: Config, folder: Path, listeners: Sequence[Listener] = (), resu
     saved = checkpoint.latest(folder) if resume else None
     with closing(envs.make(config, folder if resume else None)) as pool:
         train_tasks = pool.tasks("train")
+        check_levels(pool, config)
         policy = Policy(config, adapter=saved / "adapter" if saved else None)
         plan.fit(policy)
         optimizer, schedule = make_optimizer(policy, config)
         critic = Critic(policy, config) if config.algo.name == "ppo" else None
         state = checkpoint.restore(saved, optimizer, schedule, critic) if saved else checkpoint.State.seeded(config.seed)
-        api = apis.Api(config.api, state.spent) if apis.used(config) else None
+        api = apis.Api(config.api, state.spent, folder / "api-spent.json") if apis.used(config) else None
         if resume:
             log = RunLog.resume(folder, state.iteration, listeners)
         else:

@@ -29,7 +29,12 @@ def make_optimizer(policy: Policy, config: Config) -> tuple[torch.optim.Optimize
     """AdamW over the adapter, and its learning rate."""
     cfg = config.update
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
-    return optimizer, make_schedule(optimizer, config, 2 if config.gcd.enabled and config.gcd.update == "separate" else 1)
+    return optimizer, make_schedule(optimizer, config, streams_apart(config))
+
+
+def streams_apart(config: Config) -> int:
+    """Optimizer steps to a minibatch."""
+    return 2 if config.gcd.enabled and config.gcd.update == "separate" else 1
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: Config, streams: int = 1) -> torch.optim.lr_scheduler.LRScheduler:
@@ -72,6 +77,9 @@ def update(
                     for key, value in _step(policy, samples, part, reference, optimizer, config).items():
                         totals[key].append(value)
                     schedule.step()
+        if cfg.decay:  # it falls with the iterations: one with fewer steps (nothing to judge, few episodes) takes it as far
+            for _ in range(cfg.epochs * cfg.minibatches * streams_apart(config) - len(totals["grad_norm"])):
+                schedule.step()
     finally:
         policy.model.eval()
         policy.changed()

@@ -131,6 +131,22 @@ def test_judges_are_told_the_success_that_was_measured(tiny, monkeypatch, tmp_pa
     assert told == [e["rollout/success"] for e in events] and len(told) == 2
 
 
+def test_the_settings_of_the_judge_reach_it(tiny, monkeypatch, tmp_path):
+    cfg = tiny.gcd
+    cfg.enabled, cfg.labeller, cfg.uninformative, cfg.ask, cfg.max_new_tokens, cfg.group_size, cfg.turns = True, "rules+self", ["dull"], 3, 7, 5, 6
+    tiny.rollout.temperature, tiny.steps = 0.9, 1
+    found = {}
+    monkeypatch.setattr(loop, "label", lambda episodes, *rest: found.update(label=rest) or [])
+    draw, select, judge = loop.votes.draw, loop.judging.select, loop.judging.judge
+    monkeypatch.setattr(loop.votes, "draw", lambda episodes, count, dice: found.update(ask=count) or draw(episodes, count, dice))
+    monkeypatch.setattr(loop.judging, "select", lambda fresh, pool, turns, dice, balance: found.update(turns=(turns, balance)) or select(fresh, pool, turns, dice, balance))
+    monkeypatch.setattr(loop.judging, "judge", lambda *args, **words: found.update(judge=words) or judge(*args, **words))
+    loop.train(tiny, tmp_path / "run")
+    assert found["label"][:3] == ("rules+self", ["dull"], 0) and found["ask"] == 3 and found["turns"] == (6, True)
+    words = found["judge"]
+    assert (words["style"], words["max_new_tokens"], words["temperature"], words["group_size"]) == ("brief", 7, 0.9, 5)
+
+
 def test_the_pool_holds_the_last_iterations_only(tiny, monkeypatch, tmp_path):
     tiny.gcd.enabled, tiny.gcd.pool, tiny.steps, pools = True, 2, 5, []
     lucky(monkeypatch)
@@ -196,6 +212,9 @@ def test_reflection_plays_its_second_answer(small_config):
         ("<planning>x</planning><action>Look</action>", "look", False, "planning"),
         ("<monitor>x</monitor><explore>y</explore><action>look</action>", "look", False, "explore"),  # by order of TAGS
         ("<planning> </planning><reflection>y</reflection><action>look</action>", "look", False, "reflection"),
+        ("<reflection>y</reflection><explore>x</explore><planning>z</planning><action>look</action>", "look", False, "planning"),
+        ("<reflection>y</reflection><explore>x</explore><action>look</action>", "look", False, "explore"),
+        ("<monitor>y</monitor><reflection>x</reflection><action>look</action>", "look", False, "reflection"),
         ("<think>x</think><action>look</action>", "look", True, ""),
         ("<explore>x</explore>", "", True, "explore"),
         ("<explore>x<action>look</action>", "look", True, ""),
@@ -256,6 +275,11 @@ def test_rlvmr_without_tag_data_is_refused_before_anything_is_written(tiny, tmp_
         tiny.env.name = env
         with pytest.raises(UserError, match=rf"coldstart --algo rlvmr --env {env} --config {config} coldstart.start=\S+ .*--env {env} --config {config} --model DIR/model rollout.max_new"):
             coldstart.require_tag_data(tiny)
+    for name, flags in (("Qwen/Qwen2.5-7B-Instruct", "--config qwen2.5-7b"), ("nano", "--config nano coldstart.from_scratch=false")):
+        other = tiny.model_copy(deep=True)
+        other.model.name, other.coldstart.from_scratch, other.env.name = name, False, "scienceworld"
+        with pytest.raises(UserError, match=rf"--algo rlvmr --env scienceworld {flags} --out DIR, then .*--env scienceworld {flags.partition(' cold')[0]} model.adapter=DIR/adapter$"):
+            coldstart.require_tag_data(other)
     tiny.env.name = "alfworld"
     (tmp_path / "tagged").mkdir()
     (tmp_path / "tagged" / "config.json").write_text("{}")
@@ -263,11 +287,13 @@ def test_rlvmr_without_tag_data_is_refused_before_anything_is_written(tiny, tmp_
     tagged = tiny.model_copy(deep=True)
     tagged.model.name = str(tmp_path / "tagged")
     coldstart.require_tag_data(tagged)
-    (tmp_path / "run" / "adapter").mkdir(parents=True)  # of a run that was let in
+    (tmp_path / "run").mkdir()  # a run that was let in: its last adapter, one that was kept, one of a checkpoint
     dump(tagged, tmp_path / "run" / "config.yaml")
+    (tmp_path / "run" / "events.jsonl").touch()
     further = tiny.model_copy(deep=True)
-    further.model.adapter = str(tmp_path / "run" / "adapter")
-    coldstart.require_tag_data(further)
+    for place in ("adapter", "adapters/iteration-000010", "checkpoints/iteration-000010/adapter"):
+        further.model.adapter = str(tmp_path / "run" / place)
+        coldstart.require_tag_data(further)
     for config in (tagged, further):  # the tags of another environment's answers are not known here
         config.env.name = "scienceworld"
         with pytest.raises(UserError, match="know its tags in scienceworld"):

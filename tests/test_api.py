@@ -1,5 +1,6 @@
 """The API client against a local server that answers well, slowly, with 429 and 500, with garbage, and not at all."""
 
+import json
 import random
 import sqlite3
 import time
@@ -18,9 +19,9 @@ from tests.server import SECRET, completion
 def client(server, tmp_path):
     """Makes clients of the local server: patient for seconds only."""
 
-    def make(spent=None, **settings):
+    def make(spent=None, ledger=None, **settings):
         usual = {"model": "m", "base_url": server.url, "cache": str(tmp_path / "cache.sqlite"), "timeout": 5.0, "backoff": 0.01, "patience": 20.0}
-        return Api(Settings(**usual | settings), spent)
+        return Api(Settings(**usual | settings), spent, ledger)
 
     return make
 
@@ -57,9 +58,9 @@ def test_a_repeated_run_costs_nothing(server, client):
     assert again.ask(["a", "b"], 3) == said
     assert counts(again) == {"asked": 6, "answered": 6, "cached": 6}
     assert again.spent == Spent() and len(server.requests) == 6
-    other = client(model="n")
-    other.ask(["a"])
-    assert len(server.requests) == 7  # another model's answers are not these
+    for k, other in enumerate(({"model": "n"}, {"temperature": 0.5}, {"max_new_tokens": 9}, {"base_url": server.url + "/"}), 1):
+        client(**other).ask(["a"])
+        assert len(server.requests) == 6 + k  # what another model says, or this one in another way, is another answer
 
 
 @pytest.mark.parametrize(("trouble", "name"), [(429, "http_429"), (409, "http_429"), (500, "http_5xx"), (503, "http_5xx"), ("cut", "unreachable"),
@@ -96,6 +97,19 @@ def test_a_server_says_how_long_to_wait(server, client, monkeypatch):
     server.trouble, server.patience = lambda number: 429 if number < 2 else None, 7
     assert client(retries=3, backoff=0.2).ask(["a"]) == [["<think>x</think>\\boxed{1}"]]
     assert waits == [7, 7]
+
+
+def test_nobody_waits_beyond_the_patience(server, client, monkeypatch):
+    waits = []
+
+    async def sleep(seconds):
+        waits.append(seconds)
+
+    monkeypatch.setattr(apis.asyncio, "sleep", sleep)
+    server.trouble, server.patience = lambda number: 429, 30
+    api = client(patience=5.0, retries=3)
+    assert api.ask(["a"]) == [[None]] and waits == []
+    assert counts(api) == {"asked": 1, "failed": 1, "calls": 1, "http_429": 1}
 
 
 @pytest.mark.parametrize(("header", "seconds"), [("7", 7), ("0.5", 0.5), ("9999", 60), ("-3", 0), ("nan", 0), ("Sun, 22 Nov", 0), (None, 0)])
@@ -176,6 +190,33 @@ def test_a_dead_server_is_left_alone_until_the_next_time(server, client):
     assert api.ask(["0"]) != [[None]]
 
 
+def test_only_failures_in_a_row_mean_a_dead_server(server, client):
+    server.trouble = lambda number: None if number == GIVE_UP - 1 else 500
+    api = client(concurrency=1, retries=0)
+    api.ask([str(i) for i in range(2 * GIVE_UP - 1)])
+    assert counts(api) == {"asked": 2 * GIVE_UP - 1, "answered": 1, "failed": 2 * GIVE_UP - 2, "calls": 2 * GIVE_UP - 1, "tokens": 7, "http_5xx": 2 * GIVE_UP - 2}
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_prompts_that_a_working_server_will_not_have_do_not_silence_it(status, server, client):
+    server.trouble = lambda number: status if 0 < number <= 12 else None
+    api = client(concurrency=1)
+    answers = api.ask([str(i) for i in range(16)])
+    assert [a != [None] for a in answers] == [True] + [False] * 12 + [True] * 3
+    assert counts(api) == {"asked": 16, "answered": 4, "failed": 12, "calls": 16, "tokens": 28, "rejected": 12}
+    server.trouble = lambda number: status  # one that has never worked rejects the requests' form
+    fresh = client(concurrency=1)
+    fresh.ask([f"new {i}" for i in range(16)])
+    assert counts(fresh) == {"asked": 16, "failed": GIVE_UP, "skipped": 16 - GIVE_UP, "calls": GIVE_UP, "rejected": GIVE_UP}
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+def test_a_request_says_what_the_server_is_to_do(field, server, client):
+    client(limit_field=field, max_new_tokens=9, temperature=0.5).ask(["a"])
+    (request,) = server.requests
+    assert request == {"model": "m", "messages": [{"role": "user", "content": "a"}], "temperature": 0.5, field: 9}
+
+
 def test_a_server_that_is_not_there(server, client):
     api = client(retries=1)
     server.stop()
@@ -190,6 +231,23 @@ def test_the_budget_in_calls_counts_every_request(server, client):
     assert sum(texts != [None] for texts in answers) == 2 and len(server.requests) == 5
     assert counts(api)["over_budget"] == 4
     assert client(api.spent, max_calls=5).ask(["g"]) == [[None]] and len(server.requests) == 5  # a resumed run has the same budget
+
+
+def test_what_an_unfinished_iteration_spent_stays_spent(server, client, tmp_path):
+    """A run that is interrupted in its first iteration has no checkpoint that knows of it."""
+    ledger, seen = tmp_path / "api-spent.json", []
+    server.answer = lambda number, question: seen.append(ledger.read_text()) or "so it is"
+    first = client(Spent(), ledger, max_calls=5, concurrency=1)
+    first.ask(["a", "b", "c"])
+    assert [json.loads(text)["calls"] for text in seen] == [1, 2, 3]  # written before each answer, not after all
+    again = client(Spent(calls=1), ledger, max_calls=5)
+    assert again.spent == first.spent == Spent(3, 21)
+    again.ask(["d", "e", "f"])
+    assert len(server.requests) == 5 and counts(again)["over_budget"] == 1
+    assert client(Spent(9, 99), ledger).spent == Spent(9, 99)  # a checkpoint that knows more is right
+    for damaged in ("", "[1]", '{"calls": "many"}'):
+        ledger.write_text(damaged)
+        assert client(Spent(2, 3), ledger).spent == Spent(2, 3)
 
 
 def test_the_budget_in_tokens_holds_with_answers_on_their_way(server, client):
@@ -258,7 +316,7 @@ def test_an_api_is_used_where_one_is_configured():
     assert (chosen.gcd.labeller, chosen.gcd.suggest_by) == ("rules", "template")
 
 
-@pytest.mark.parametrize("url", ["https://user:word@host/v1", "https://host/v1?key=word", "host/v1", "ftp://host"])
+@pytest.mark.parametrize("url", ["https://user:word@host/v1", "https://host/v1?key=word", "https://host/v1#word", "http://host:word/v1", "host/v1", "ftp://host"])
 def test_an_address_holds_no_secret(url):
     with pytest.raises(UserError, match="OPENAI_API_KEY") as caught:
         check({"api": {"base_url": url}})

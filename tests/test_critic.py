@@ -59,7 +59,7 @@ def test_value_loss_by_hand(value, old, aim, loss, slope):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_one_step_equals_the_slow_formula(ppo_config, checkpointing):
     ppo_config.model.checkpointing = checkpointing
-    ppo_config.update.grad_clip, ppo_config.update.token_budget, ppo_config.algo.value_clip = 1e9, 16, 0.3
+    ppo_config.update.grad_clip, ppo_config.update.token_budget, ppo_config.algo.value_clip, ppo_config.algo.value_coef = 1e9, 16, 0.3, 0.7
     policy = Policy(ppo_config)
     critic, samples = Critic(policy, ppo_config), make_samples(random.Random(0))
     wake(critic)
@@ -79,6 +79,18 @@ def test_one_step_equals_the_slow_formula(ppo_config, checkpointing):
     for got, want in zip(seen, wanted, strict=True):
         assert torch.allclose(got, want, rtol=1e-3, atol=1e-6)
     assert max(g.abs().max() for g in seen) > 1e-3
+
+
+def test_its_settings_reach_it(ppo_config):
+    ppo_config.algo.value_rate, ppo_config.update.lr, ppo_config.update.weight_decay = 3.0, 0.01, 0.125
+    ppo_config.update.grad_clip, ppo_config.update.epochs, ppo_config.update.minibatches = 1e-3, 3, 2
+    critic = Critic(Policy(ppo_config), ppo_config)
+    wake(critic)
+    assert critic.schedule.base_lrs == [pytest.approx(0.03)] and critic.optimizer.param_groups[0]["weight_decay"] == 0.125
+    norms = []
+    critic.optimizer.step = lambda: norms.append(torch.stack([p.grad.norm() for p in critic.parameters()]).norm().item())
+    critic.update(make_samples(random.Random(0)), random.Random(0))
+    assert norms == pytest.approx([1e-3] * 6, rel=1e-2)
 
 
 def test_critic_and_policy_share_no_parameter_and_do_not_move_each_other(ppo_config):

@@ -175,6 +175,21 @@ def test_the_judge_is_measured_on_as_many_good_as_bad_turns(small_config, name):
         game = Game(task.path)
         games[game.task] = game.walkthrough[0]
     scripted(policy, answer)
+    write, heat = policy.generate, []
+    policy.generate = lambda ids, **words: heat.append(words["temperature"]) or write(ids, **words)
+    small_config.eval.temperature = 0.7
     out, _ = evaluate(policy, pool, "L0", small_config)
+    assert set(heat[:-1]) == {0.7} and heat[-1] == 0.0  # it plays as the settings say, and judges greedily
     assert out["eval/L0/judge_n"] > 0 and out["eval/L0/judge_n"] % 2 == 0
     assert out["eval/L0/judge_balanced_accuracy"] == balanced and out["eval/L0/judge_accuracy_good"] == good
+
+
+def test_a_level_that_is_not_there_is_told_before_anything_is_done(small_config, tmp_path):
+    """Not after hours of training, when the level's turn comes."""
+    for change in ({"levels": ["L0", "dev"]}, {"levels": ["L0", "L1", "L2"]}):
+        config = small_config.model_copy(deep=True)
+        config.eval.levels, config.eval.before = change["levels"], False
+        config.env.protocol = "rlvmr"
+        with pytest.raises(UserError, match="protocol rlvmr has no level .* name those in eval.levels"):
+            loop.train(config, tmp_path / "run")
+        assert not (tmp_path / "run").exists()

@@ -226,6 +226,12 @@ def test_the_trainer_takes_what_is_planned_where_the_settings_leave_it_open(smal
     assert (fixed.rows, fixed.token_budget) == (8, wanted[1])
 
 
+def test_a_critic_needs_an_adapter_of_its_own():
+    shape = plan.shape_of("Qwen/Qwen2.5-7B-Instruct")
+    plain, critic = (plan._held(shape, load(find_config("qwen2.5-7b"), [f"algo.name={name}"]), True) for name in ("grpo", "ppo"))
+    assert critic["adapters"] == 2 * plain["adapters"] > 0 and critic["optimizer"] == 2 * plain["optimizer"] and critic["weights"] == plain["weights"]
+
+
 # --- running out of memory
 
 

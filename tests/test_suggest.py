@@ -23,6 +23,7 @@ def a_turn(action, result="a mug", admissible=True, malformed=False, history=(),
     return Turn(observation, [], [1], [2], [-1.0], "r", action, malformed, admissible, result, bare_prompt=prompt)
 
 
+ROOMS = [("You move to the kitchen.", "open door"), ("The door is open.", "go to hallway")]  # ScienceWorld's answers, without the rooms
 HISTORY = [("a room\nwith walls", "go to desk 1"), ("a desk", "look")]
 
 
@@ -52,6 +53,9 @@ def test_the_history_of_a_prompt_is_read_back(style):
         (a_turn("use thermometer on door", things=["door"]), "tool"),
         (a_turn("pick up door", things=["door"]), "take"),
         (a_turn("teleport to hallway", things=["door"]), "go"),
+        (a_turn("go to kitchen", "You move to the kitchen.\nThis room is called the kitchen.", history=ROOMS, things=["door"]), "back again"),
+        (a_turn("go to bedroom", "You move to the bedroom.\nThis room is called the bedroom.", history=ROOMS, things=["door"]), "go"),
+        (a_turn("wait1", "You move to the kitchen.\nThis room is called the kitchen.", history=ROOMS, things=["door"]), "wait"),
         (a_turn("wait1", things=["door"]), "wait"),
         (a_turn("2", things=[]), ""),  # the answer to a question of the simulator's
     ],
@@ -113,7 +117,10 @@ def test_an_api_writes_the_rules(small_config):
     policy, api, old = Policy(small_config), Fake("<rule>never repeat</rule>", None), Suggestion(3)
     new = suggest.renew(NOTES, old, 20, small_config, policy, api)
     assert new == Suggestion(4, 20, "api", ["never repeat"], [["do not repeat"]])
-    assert len(api.prompts) == 2 and "open closed drawers" in api.prompts[1]
+    assert len(api.prompts) == 2 and "open closed drawers" in api.prompts[1] and "household tasks" in api.prompts[0]
+    small_config.env.name, elsewhere = "scienceworld", Fake("<rule>x</rule>")
+    suggest.renew(NOTES, old, 20, small_config, policy, elsewhere)
+    assert "science tasks" in elsewhere.prompts[0]
     assert suggest.renew(NOTES, old, 20, small_config, policy, Fake(None, "no tags")) is None
     assert suggest.renew([], old, 20, small_config, policy, Fake()) is None
 
@@ -142,6 +149,8 @@ def test_templates_take_their_themes_from_the_mistakes(small_config):
     assert new.text == "- do not do the same command again.\n- open only what may hold the thing."
     small_config.gcd.suggest_rules = 1
     assert len(suggest.renew(NOTES, Suggestion(), 10, small_config, policy, None).rules) == 1
+    small_config.gcd.suggest_rules, small_config.gcd.suggest_tokens = 5, 3
+    assert suggest.renew(NOTES, Suggestion(), 10, small_config, policy, None) is None  # no rule is so short
 
 
 # --- in a run

@@ -143,6 +143,37 @@ def test_a_decaying_rate_ends_with_the_runs_last_step(small_config, how):
     assert optimizer.param_groups[0]["lr"] == 0
 
 
+def test_the_rate_reaches_0_also_where_there_was_nothing_to_judge(small_config):
+    config = small_config
+    config.steps, config.update.minibatches, config.update.warmup, config.update.decay = 3, 4, 0, True
+    config.gcd.enabled, config.gcd.update = True, "separate"
+    policy = Policy(config)
+    samples = [s for s in make_samples(policy, random.Random(1)) if s.stream == "policy"]
+    optimizer, schedule = make_optimizer(policy, config)
+    rates = []
+    for _ in range(3):
+        update(policy, samples, optimizer, schedule, config, random.Random(0))
+        rates.append(optimizer.param_groups[0]["lr"] / config.update.lr)
+    assert rates == pytest.approx([2 / 3, 1 / 3, 0.0])
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_a_large_one_clipped(small_config):
+    small_config.update.minibatches, small_config.update.warmup, small_config.update.grad_clip = 1, 0, 1e-4
+    policy = Policy(small_config)
+    wake(policy)
+    samples = make_samples(policy, random.Random(1))
+    optimizer, schedule = make_optimizer(policy, small_config)
+    norms, step = [], optimizer.step
+    optimizer.step = lambda: norms.append(torch.stack([p.grad.norm() for p in policy.parameters()]).norm().item()) or step()
+    stats = update(policy, samples, optimizer, schedule, small_config, random.Random(0))
+    assert norms == pytest.approx([1e-4], rel=1e-2) and stats["grad_norm"] > 1e-3 and stats["steps_skipped"] == 0
+    before = [p.detach().clone() for p in policy.parameters()]
+    samples[0].advantages = [float("inf")] * len(samples[0].advantages)
+    stats = update(policy, samples, optimizer, schedule, small_config, random.Random(0))
+    assert stats["steps_skipped"] == 1 and len(norms) == 1
+    assert all(torch.equal(p, q) for p, q in zip(before, policy.parameters()))
+
+
 def test_separate_takes_a_step_for_each_stream(small_config):
     small_config.update.minibatches, small_config.gcd.update = 1, "separate"
     policy = Policy(small_config)

@@ -56,10 +56,11 @@ class Fake:
     """An API that says what we say."""
 
     def __init__(self, answers):
-        self.answers, self.prompts = answers, []
+        self.answers, self.prompts, self.copies = answers, [], []
 
     def ask(self, prompts, copies=1):
         self.prompts += prompts
+        self.copies.append(copies)
         return [self.answers(p) for p in prompts]
 
 
@@ -74,6 +75,11 @@ def test_api_votes_become_labels_of_their_turns(small_config):
     assert voted == {"api": [{0: 1, 1: 0}, {}]}
     assert stats == {"gcd/asked": 4, "gcd/api_labels": 2, "gcd/api_abstained": 1 + 5 + 1}
     assert "37%" in api.prompts[0] and "<action>a</action>" in api.prompts[0]
+    assert small_config.model.prompt == "brief" and api.prompts[0] == judge_prompt("full", "at a", "<action>a</action>", 0.37)  # nano's words are not for a large model
+    small_config.gcd.agree, small_config.gcd.votes = 3, 3
+    said = {"a": [good] * 3, "b": [good, good, bad]}
+    voted, _ = votes.ask(episodes, [(0, 0), (0, 1)], ["api"], small_config, policy=None, api=api, success_rate=0.37, rng=None)
+    assert voted == {"api": [{0: 1}, {}]} and api.copies == [5, 3]
 
 
 def test_self_is_the_reference_and_not_the_trained_policy(small_config):
@@ -120,6 +126,12 @@ def test_votes_of_the_reference_are_read_turn_by_turn(small_config):
         policy=policy, api=None, success_rate=0.5, rng=torch.Generator(),
     )  # fmt: skip
     assert voted == {"self": [{0: 1, 1: 0}]} and stats["gcd/self_labels"] == 2 and stats["gcd/self_abstained"] == 0
+    asked = []
+    policy.encode = lambda text: asked.append(text) or [1]
+    policy.generate = lambda prompts, **words: asked.append((len(prompts), words["temperature"], words["max_new_tokens"])) or []
+    small_config.rollout.temperature, small_config.gcd.agree, small_config.gcd.votes, small_config.gcd.max_new_tokens = 0.6, 3, 3, 7
+    votes.from_reference(policy, [turn("a")], small_config, 0.5, torch.Generator())
+    assert asked == [judge_prompt("brief", "at a", "<action>a</action>", 0.5), (3, 0.6, 7)]
 
 
 def test_precision_and_recall_by_hand():

@@ -16,7 +16,7 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,13 @@ SECRET = 12  # characters at least of a real key
 GIVE_UP = 8  # questions in a row without an answer: the server is taken for dead until the next call of `ask`
 COUNTS = (
     "asked", "answered", "cached", "failed", "skipped", "over_budget", "calls", "tokens", "retries",
-    "timeouts", "http_429", "http_5xx", "http_4xx", "unreachable", "garbage", "cache_errors",
+    "timeouts", "http_429", "http_5xx", "http_4xx", "rejected", "unreachable", "garbage", "cache_errors",
 )  # fmt: skip
 
 
 @dataclass
 class Spent:
-    """What a run has asked of servers so far, over all sittings; checkpoints keep it."""
+    """What a run has asked of servers so far, over all sittings; checkpoints keep it, and the ledger what came after them."""
 
     calls: int = 0  # requests sent, failed and repeated ones included
     tokens: int = 0  # as the server counts them; our estimate where it does not say
@@ -46,9 +46,14 @@ class Api:
     server was taken for dead, or `api.patience` ended) or over budget; `cached` ones of the answered cost nothing.
     """
 
-    def __init__(self, settings: Settings, spent: Spent | None = None):
-        """Raises UserError without a model name, a usable key or the `openai` package."""
-        self.settings, self.spent = settings, spent or Spent()
+    def __init__(self, settings: Settings, spent: Spent | None = None, ledger: Path | None = None):
+        """`ledger`: a file that holds what is spent, to the last request, also of an iteration that is never finished.
+
+        Raises UserError without a model name, a usable key or the `openai` package.
+        """
+        self.settings, self.spent, self.ledger = settings, spent or Spent(), ledger
+        self._read_ledger()
+        self._works = False  # whether the server has ever answered
         self.counts: Counter[str] = Counter()
         if not settings.model:
             raise UserError("the api needs a model: set api.model=NAME (and api.base_url=URL for a server that is not OpenAI's)")
@@ -92,6 +97,7 @@ class Api:
                 self._deadline = time.monotonic() + cfg.patience
                 return list(await asyncio.gather(*(self._answer(client, key, *question) for question in questions)))
         finally:
+            self._write_ledger()
             self.counts["cache_errors"] += self._cache.errors
             self._cache.close()
 
@@ -116,6 +122,7 @@ class Api:
                 self.counts["retries"] += attempt > 0
                 self.spent.calls += 1
                 self.spent.tokens += estimate
+                self._write_ledger()
                 text, tokens, fault, wait = await self._call(client, prompt)
                 tokens = estimate if tokens is None else tokens
                 self.spent.tokens += tokens - estimate
@@ -123,18 +130,35 @@ class Api:
                 if text is not None:
                     if len(key) >= SECRET:  # should a server repeat it; a shorter one is a word for a server that asks for none
                         text = text.replace(key, "***")
-                    self._failures = 0
+                    self._failures, self._works = 0, True
                     self.counts["answered"] += 1
                     self._cache.put(prompt, copy, text)
                     return text
                 self.counts[fault] += 1
                 wait = max(wait, cfg.backoff * 2**attempt * random.Random().uniform(0.5, 1.5))
-                if fault == "http_4xx" or attempt == cfg.retries or time.monotonic() + wait >= self._deadline:
+                if fault in ("http_4xx", "rejected") or attempt == cfg.retries or time.monotonic() + wait >= self._deadline:
                     break
                 await asyncio.sleep(wait)
-            self._failures += 1
+            if not (fault == "rejected" and self._works):  # else it is this prompt that the server will not have
+                self._failures += 1
             self.counts["failed"] += 1
             return None
+
+    def _read_ledger(self) -> None:
+        try:
+            known = json.loads(self.ledger.read_text()) if self.ledger and self.ledger.is_file() else {}
+            self.spent.calls, self.spent.tokens = max(self.spent.calls, int(known.get("calls", 0))), max(self.spent.tokens, int(known.get("tokens", 0)))
+        except (OSError, ValueError, AttributeError, TypeError):  # damaged: the checkpoint's figures have to do
+            pass
+
+    def _write_ledger(self) -> None:
+        if self.ledger:
+            try:
+                scratch = self.ledger.with_suffix(".tmp")
+                scratch.write_text(json.dumps(asdict(self.spent)))
+                os.replace(scratch, self.ledger)
+            except OSError:  # a full disk: the next checkpoint says so, and how to go on
+                pass
 
     async def _call(self, client: Any, prompt: str) -> tuple[str | None, int | None, str, float]:
         """One request: (answer, tokens or None for "count our estimate", what went wrong, seconds the server wants us to wait)."""
@@ -149,7 +173,7 @@ class Api:
                     model=cfg.model,
                     messages=[{"role": "user", "content": prompt}],
                     temperature=cfg.temperature,
-                    max_tokens=cfg.max_new_tokens,
+                    **{cfg.limit_field: cfg.max_new_tokens},
                 ),
                 seconds,
             )
@@ -158,8 +182,8 @@ class Api:
             return None, None, "timeouts", 0.0
         except openai.APIStatusError as error:  # 408 and 409 ask to be tried again, like 429
             status = error.status_code
-            again = "http_429" if status in (408, 409, 429) else "http_5xx" if status >= 500 else "http_4xx"
-            return None, 0, again, _retry_after(error.response.headers.get("retry-after"))
+            kind = "http_429" if status in (408, 409, 429) else "http_5xx" if status >= 500 else "rejected" if status in (400, 413, 422) else "http_4xx"
+            return None, 0, kind, _retry_after(error.response.headers.get("retry-after"))
         except openai.APIConnectionError:
             return None, 0, "unreachable", 0.0
         except (openai.OpenAIError, ValueError, RecursionError):  # no JSON, or not a chat completion

@@ -85,6 +85,9 @@ def mistake(turn: Turn, style: str) -> str:
     verb = turn.action.split()[0] if turn.action else ""
     if prompts.is_science(turn.bare_prompt):
         verb = _SCIENCE_VERBS.get(verb, verb)
+        # Of earlier turns these prompts show the answer alone ("You move to the kitchen."), with which the result begins.
+        if verb == "go" and any(told and turn.result.startswith(f"{told}\n") for told in saw):
+            return "back again"
         return verb if verb in {**MISTAKES, **SCIENCE_MISTAKES} else ""
     verb = _VERBS.get(verb, verb)
     return verb if verb in MISTAKES else ""

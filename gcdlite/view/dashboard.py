@@ -543,7 +543,7 @@ def plain_line(event: Event, state: State) -> str | None:
 
 
 API_TROUBLE = {  # metric -> in words; attempts for the first ones, questions for the last two
-    "timeouts": "timed out", "http_429": "429", "http_5xx": "5xx", "http_4xx": "refused", "unreachable": "unreachable",
+    "timeouts": "timed out", "http_429": "429", "http_5xx": "5xx", "http_4xx": "refused", "rejected": "rejected prompts", "unreachable": "unreachable",
     "garbage": "garbage", "cache_errors": "cache errors", "skipped": "skipped", "over_budget": "over budget",
 }  # fmt: skip
 

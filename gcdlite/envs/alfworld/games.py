@@ -93,8 +93,8 @@ def level_tasks(root: Path, level: str, protocol: str = "single") -> list[Task]:
     """The games of a level, in a fixed order. Raises UserError for an unknown level, or when it has no games."""
     levels = LEVELS[protocol]
     if level not in levels:
-        hint = "; for L2, run env.protocol=single, which trains on four types" if level.startswith("L2") else ""
-        raise UserError(f"protocol {protocol} has no level {level}, only {', '.join(levels)}{hint}")
+        hint = " (L2 is measured by a run with env.protocol=single, which trains on four types)" if level.startswith("L2") else ""
+        raise UserError(f"protocol {protocol} has no level {level}, only {', '.join(levels)}{hint}: name those in eval.levels")
     split, types = levels[level]
     tasks = find_games(root, split, types)
     if not tasks:
