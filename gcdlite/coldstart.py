@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from gcdlite import envs, prompts, sft
 from gcdlite.backbone import plain
-from gcdlite.config import Config, flags_of, load
+from gcdlite.config import Config, flags_of, ingredients, load
 from gcdlite.envs import closing
 from gcdlite.envs.base import Pool
 from gcdlite.envs.alfworld import generated_root
@@ -194,7 +194,7 @@ def _made(config: Config, started: float) -> dict[str, Any]:
         "tags": config.algo.tagged,
         "minutes": round((time.perf_counter() - started) / 60, 1),
         "coldstart": config.coldstart.model_dump(),
-    }
+    } | ingredients(config)
 
 
 def require_tag_data(config: Config) -> None:

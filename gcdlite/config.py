@@ -312,6 +312,13 @@ class Config(Section):
         return 0 if self.algo.name in UNTRAINED else self.steps
 
 
+def ingredients(config: Config) -> dict[str, Any]:
+    """What else than `coldstart.*` makes a cold start's weights what they are, by full names: games, prompts, the adapter's form."""
+    env = config.env.model_dump(exclude={"name", "engine", "workers", "timeout", "jvms", "gold"})
+    parts = {"env": env, "model": {"prompt": config.model.prompt}, "lora": config.lora.model_dump()}
+    return {f"{section}.{key}": value for section, values in parts.items() for key, value in values.items()}
+
+
 def caveats(config: Config) -> list[str]:
     """What every table of a run's results has to say of it, beside its labeller: where it is not what the papers do."""
     said = []

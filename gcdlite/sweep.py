@@ -24,9 +24,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 
-from gcdlite.config import CONFIG_DIR, Config, absolute, caveats, find_config, load, nearest, read_yaml, threads
+from gcdlite.config import CONFIG_DIR, Config, absolute, caveats, find_config, ingredients, load, nearest, read_yaml, threads
 from gcdlite.records import UserError
 from gcdlite.runlog import RunLog
 
@@ -34,8 +34,11 @@ RUN = CONFIG_DIR.parent / "run.py"
 INTERRUPTED = 130  # run.py's exit code after Ctrl-C
 PATIENCE = 30.0  # seconds that a run has to end after Ctrl-C
 
-# Student's t, 97.5 %, by degrees of freedom (fewer seeds than this table is long, or nearly normal).
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+# Student's t, 97.5 %, by degrees of freedom from 1 on; beyond the last it is a little too wide.
+_T = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
 
 
 # --- recipes
@@ -56,7 +59,7 @@ class Arm(BaseModel):
 
     start: str | None = Field(None, description="the cold start whose weights it begins with")
     against: str | None = Field(None, description="the arm that it is compared with; unset: the recipe's")
-    seeds: list[int] | None = Field(None, min_length=1, description="instead of the recipe's")
+    seeds: list[NonNegativeInt] | None = Field(None, min_length=1, description="instead of the recipe's")
 
 
 class Recipe(BaseModel):
@@ -69,7 +72,7 @@ class Recipe(BaseModel):
     folder: str | None = Field(None, description="recipes that name the same folder share their finished runs: runs/sweep-FOLDER")
     config: str = Field("nano", description="a config's name or file")
     settings: dict[str, Any] = Field({}, description="section.field: value, for every arm and cold start")
-    seeds: list[int] = Field([0, 1, 2], min_length=1, description="paired over the arms")
+    seeds: list[NonNegativeInt] = Field([0, 1, 2], min_length=1, description="paired over the arms")
     starts: dict[str, Start] = Field({}, description="cold starts by name, each after those that it goes on from")
     arms: dict[str, Arm] = Field(min_length=1, description="what is compared, by name")
     against: str | None = Field(None, description="the arm that the others are compared with; unset: the first")
@@ -198,7 +201,15 @@ class Run:
         return int(saved[-1].name.rpartition("-")[2]) if saved else None
 
     def summary(self) -> dict[str, Any] | None:
-        return json.loads((self.folder / "summary.json").read_text()) if self.state == "finished" else None
+        return read_summary(self.folder) if self.state == "finished" else None
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Raises UserError for one that is damaged."""
+    try:
+        return json.loads((folder / "summary.json").read_text())
+    except ValueError:
+        raise UserError(f"{folder / 'summary.json'} is damaged: delete it, and the sweep makes it again from the run's checkpoint") from None
 
 
 def plan(recipe: Recipe, root: Path) -> list[Run]:
@@ -230,7 +241,7 @@ def beginning(config: Config) -> str:
     parts = [
         config.seed if config.eval.temperature else "any seed",
         config.env.model_dump(),
-        config.model.model_dump(),
+        config.model.model_dump() | {key: movable(getattr(config.model, key)) for key in ("name", "adapter")},
         config.eval.model_dump(exclude={"before", "every"}),
         [rollout.max_new_tokens, rollout.max_prompt_tokens, rollout.rows, config.gcd.max_new_tokens],
         [config.algo.tagged, config.algo.name == "reflection"],
@@ -245,9 +256,9 @@ def check(recipe: Recipe, root: Path) -> list[Run]:
     for name in needed(recipe):
         folder = folder_of(root, name)
         if record := made(folder):
-            config = recipe.start_config(name, root)
+            config = absolute(recipe.start_config(name, root))
             about = {"seed": config.seed, "environment": config.env.name, "model": config.model.name, "tags": config.algo.tagged}
-            old, new = record | record["coldstart"], about | config.coldstart.model_dump(exclude={"start"})
+            old, new = record | record["coldstart"], about | config.coldstart.model_dump(exclude={"start"}) | ingredients(config)
             parts.append((folder, {key: old.get(key, value) for key, value in new.items()}, new))
     parts += [(run.folder, _flat(load(file)), _flat(run.config)) for run in runs if (file := run.folder / "config.yaml").is_file()]
     for folder, old, new in parts:
@@ -262,11 +273,17 @@ def _flat(config: Config) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in config.model_dump(exclude={"out": True, "threads": True, "coldstart": True, "eval": {"before"}}).items():
         flat |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
-    for key in ("model.name", "model.adapter"):
-        place = Path(flat[key] or "")
-        if place.parent.name.startswith("start-"):  # a cold start of the sweep's, wherever its folder was then
-            flat[key] = f"{place.parent.name}/{place.name}"
-    return flat
+    return flat | {key: movable(flat[key]) for key in ("model.name", "model.adapter")}
+
+
+def movable(weights: str | None) -> str | None:
+    """Where weights lie; those of a cold start of the sweep's by its name alone, since a sweep's folder may move.
+
+    >>> movable("/home/me/runs/sweep-nano/start-tags/model"), movable("nano")
+    ('start-tags/model', 'nano')
+    """
+    place = Path(weights or "")
+    return f"{place.parent.name}/{place.name}" if place.parent.name.startswith("start-") else weights
 
 
 def listing(recipe: Recipe, root: Path) -> list[str]:
@@ -418,15 +435,15 @@ def stoppable() -> Iterator[None]:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """(mean, half width of the 95 % interval over seeds by Student's t); no width from a single value.
+    """(mean, half width of the 95 % interval over seeds by Student's t); no width from a single value, nor from equal ones,
+    which do not say how far the next would be.
 
     >>> [round(x, 3) for x in interval([0.1, 0.2, 0.3])]
     [0.2, 0.248]
     """
-    if len(values) < 2:
+    if max(values) - min(values) < 1e-12:
         return mean(values), None
-    t = _T[len(values) - 2] if len(values) - 2 < len(_T) else 1.96
-    return mean(values), t * stdev(values) / math.sqrt(len(values))
+    return mean(values), _T[min(len(values) - 2, len(_T) - 1)] * stdev(values) / math.sqrt(len(values))
 
 
 def over(values: Iterable[float | None]) -> dict[str, Any] | None:
@@ -521,7 +538,7 @@ def untrained(root: Path) -> dict[str, dict[str, Any]]:
     """How runs in this folder begin -> what was measured before training, by level."""
     found: dict[str, dict[str, Any]] = {}
     for file in sorted(root.glob("*/summary.json")):
-        summary = json.loads(file.read_text())
+        summary = read_summary(file.parent)
         when = "before" if summary["steps"] else "after"  # what is not trained is measured once
         levels = {level: parts[when] for level, parts in summary["levels"].items() if when in parts}
         if levels:
@@ -530,13 +547,20 @@ def untrained(root: Path) -> dict[str, dict[str, Any]]:
 
 
 def success(parts: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Mean and interval over seeds; a single seed has Wilson's interval over its games instead."""
+    """Mean and interval over seeds; a single seed, or seeds that are all alike, have Wilson's interval over the games of one instead."""
     value = over(p["success"] for p in parts)
-    return value | {key: parts[0].get(key) for key in ("low", "high")} if value and len(parts) == 1 else value
+    return value | {key: parts[0].get(key) for key in ("low", "high")} if value and value["half"] is None else value
 
 
 def markdown(recipe: Recipe, rows: Sequence[dict[str, Any]], note: str = "") -> str:
     """The tables as text; what was not run says so, and a single seed is marked. `note` is what the runs say of their games."""
+
+    def compared(row: dict[str, Any], value: dict[str, Any] | None, factor: float = 100, digits: int = 1) -> str:
+        """A difference, the arm that it is to, and how many pairs it is of where these are not all seeds."""
+        if value is None:
+            return "–"
+        few = f", {value['n']} pair{'s' * (value['n'] > 1)}" if value["n"] < len(row["seeds"]) else ""
+        return f"{cell(value, factor, '+', digits)} (to {row['against']}{few})"
 
     def cell(value: dict[str, Any] | None, factor: float = 100, sign: str = "", digits: int = 1) -> str:
         if value is None:
@@ -558,8 +582,7 @@ def markdown(recipe: Recipe, rows: Sequence[dict[str, Any]], note: str = "") -> 
         if row["after"] is None:
             cells += ["", f"not run{': ' + row['absent'] if 'absent' in row else ''}", "", "", "", ""]
         else:
-            difference = f"{cell(row['difference'], sign='+')} (to {row['against']})" if row["difference"] else "–"
-            cells += [cell(row["before"]), cell(row["after"]), cell(row["change"], sign="+"), difference]
+            cells += [cell(row["before"]), cell(row["after"]), cell(row["change"], sign="+"), compared(row, row["difference"])]
             cells += [cell(row["judge"]), str(row["games"])]
         lines.append(f"| {' | '.join(cells)} |")
 
@@ -568,8 +591,8 @@ def markdown(recipe: Recipe, rows: Sequence[dict[str, Any]], note: str = "") -> 
         if any(row["score"]["after"] for row in finished):
             lines += head("arm", "level", "score before", "after", "change", "difference")
             for row in finished:
-                score, partner = row["score"], f" (to {row['against']})" if row["score"]["difference"] else ""
-                cells = [cell(score["before"], 1), cell(score["after"], 1), cell(score["change"], 1, "+"), cell(score["difference"], 1, "+") + partner]
+                score = row["score"]
+                cells = [cell(score["before"], 1), cell(score["after"], 1), cell(score["change"], 1, "+"), compared(row, score["difference"], 1)]
                 lines.append(f"| {' | '.join([label(row), row['level'], *cells])} |")
         lines += head("arm", "level", *(name for name, _, _ in BEHAVIOUR))
         for row in finished:
@@ -578,8 +601,7 @@ def markdown(recipe: Recipe, rows: Sequence[dict[str, Any]], note: str = "") -> 
         lines += head("arm", "seeds", "iterations", "threads", "min of training", "difference in time %")
         for row in {row["arm"]: row for row in finished}.values():
             cells = [label(row), ", ".join(map(str, row["seeds"])), str(row["iterations"]), ", ".join(map(str, row["threads"]))]
-            longer = f"{cell(row['longer'], 100, '+', 0)} (to {row['against']})" if row["longer"] else "–"
-            cells += [cell(row["minutes"], 1) if row["iterations"] else "–", longer]
+            cells += [cell(row["minutes"], 1) if row["iterations"] else "–", compared(row, row["longer"], 100, 0)]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -605,15 +627,22 @@ def label(row: dict[str, Any]) -> str:
 def _caption(recipe: Recipe, rows: Sequence[dict[str, Any]], note: str) -> list[str]:
     """What a reader must know beside the figures, and the command that made them."""
     config = load(find_config(recipe.config), _words(recipe.settings))
+    arms = {arm: load(find_config(recipe.config), recipe.overrides(arm, default_root(recipe))) for arm in recipe.arms}
+    sizes: dict[str, list[str]] = {}
+    for arm, own in arms.items():
+        if own.iterations:
+            sizes.setdefault(f"{own.steps} iterations of {own.rollout.groups} games × {own.rollout.group_size} episodes", []).append(arm)
+    trained = "; ".join(f"{size} ({', '.join(some)})" if len(sizes) > 1 else size for size, some in sizes.items())
     how = "greedily" if config.eval.temperature == 0 else f"at temperature {config.eval.temperature:g}"
     games = f"{config.eval.limit} games a level" if config.eval.limit else "every game of a level"
     algorithms = {(arm.model_extra or {}).get("algo.name") for arm in recipe.arms.values()}
     said = [
-        f"{config.model.name}, {config.env.name}{f' ({note})' if note else ''}, protocol {config.env.protocol}; {config.steps} iterations "
-        f"of {config.rollout.groups} games × {config.rollout.group_size} episodes; evaluated {how}, {games}. "
+        f"{config.model.name}, {config.env.name}{f' ({note})' if note else ''}, protocol {config.env.protocol}; {trained or 'not trained'}; "
+        f"evaluated {how}, {games}. "
         f"Made by `python run.py sweep {recipe.name}`.",
         "Success and behaviour in percent; mean ± 95 % interval over seeds (Student's t), of a single seed (95 % interval over games, "
-        "Wilson). Difference: after training, paired by seed. Judge: balanced accuracy against the oracle.",
+        "Wilson). The games are the same for all seeds: which games were drawn is not in the intervals over seeds. Difference: after training, paired by "
+        "seed. Judge: balanced accuracy against the oracle.",
     ]
     if recipe.paper:
         said.append("Paper: what it reports; it trains all parameters, on its own splits and machines.")
@@ -621,7 +650,7 @@ def _caption(recipe: Recipe, rows: Sequence[dict[str, Any]], note: str) -> list[
         said.append("reflection is our reading: the paper does not define it.")
     if config.env.name == "scienceworld":
         said.append("Score: the mean over episodes, of 100; a failure's is 0.")
-    said += caveats(config)
+    said += caveats(config) + [f"{arm}: {line}" for arm, own in arms.items() for line in caveats(own) if line not in caveats(config)]
     if any(row["after"] and row["iterations"] for row in rows):
         said.append("Minutes depend on what else the machine did: compare those of one sweep only.")
     return said

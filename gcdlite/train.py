@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -289,5 +290,7 @@ def summarise(config: Config, log: RunLog, training_seconds: float, wall_seconds
         "training_success_last": steps[-1]["rollout/success"] if steps else None,
         "training_seconds": round(training_seconds, 1), "wall_seconds": round(wall_seconds, 1), "threads": threads(config),
     }  # fmt: skip
-    (log.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    scratch = log.folder / "summary.tmp"
+    scratch.write_text(json.dumps(summary, indent=1) + "\n")
+    os.replace(scratch, log.folder / "summary.json")  # whole or not at all: it is what says that a run is finished
     return summary

@@ -16,7 +16,7 @@ import yaml
 from test_train import numbers
 
 import run as command_line
-from gcdlite import envs, sweep
+from gcdlite import coldstart, envs, sweep
 from gcdlite import train as loop
 from gcdlite.config import CONFIG_DIR, check, dump, load
 from gcdlite.records import UserError
@@ -130,6 +130,7 @@ def test_a_recipe_can_start_from_another(tmp_path):
         ("{title: t, starts: {x: {start: y}, y: {}}, arms: {a: {}}}", "cold start x begins with 'y'"),
         ("{title: t, starts: {x: {coldstart.epoch: 1}}, arms: {a: {}}}", "cold start x: .*coldstart.epochs"),
         ("{title: t, arms: {a/b: {}}}", "no name for a folder"),
+        ("{title: t, seeds: [-1], arms: {a: {}}}", "seeds.0: .*greater than or equal to 0"),
         ("{title: t, arms: {grpo: {}}, paper: {grpp: {L0: 1}}}", "did you mean 'grpo'"),
     ],
 )
@@ -230,9 +231,10 @@ def test_a_run_of_other_settings_is_not_taken_for_the_recipes(recipe, tmp_path):
 
 def test_a_sweeps_folder_can_move(tmp_path):
     recipe = written(tmp_path, seeds=[0], starts={"x": {}, "y": {}}, arms={"a": {"start": "x"}})
-    finish(recipe, tmp_path / "here", "a-s0", 0.5)
+    finish(recipe, tmp_path / "here", "a-s0", 0.5, before=0.3)
     (tmp_path / "here").rename(tmp_path / "there")
-    assert rows_of(recipe, tmp_path / "there")["a"]["seeds"] == [0]
+    row = rows_of(recipe, tmp_path / "there")["a"]
+    assert row["seeds"] == [0] and row["before"]["mean"] == 0.3
     other = written(tmp_path, seeds=[0], starts={"x": {}, "y": {}}, arms={"a": {"start": "y"}})
     with pytest.raises(UserError, match=r"model.name='start-x/model' \(recipe: 'start-y/model'\)"):
         sweep.table(other, tmp_path / "there")
@@ -249,7 +251,7 @@ def test_cold_starts_come_first_and_their_weights_reach_the_arms(tmp_path, monke
             if words[0] == "coldstart":
                 config = load(CONFIG_DIR / "nano.yaml", [w for w in words if "=" in w])
                 (root / name / "model").mkdir(parents=True)
-                (root / name / "model" / "made.json").write_text(json.dumps({"coldstart": config.coldstart.model_dump()}))
+                (root / name / "model" / "made.json").write_text(json.dumps(coldstart._made(config, 0.0)))
         return []
 
     monkeypatch.setattr(sweep, "side_by_side", pretend)
@@ -266,6 +268,10 @@ def test_cold_starts_come_first_and_their_weights_reach_the_arms(tmp_path, monke
     other = written(tmp_path, seeds=[0], starts={"whole": {"coldstart.epochs": 9}}, arms={"a": {"start": "whole"}})
     with pytest.raises(UserError, match="start-whole was made with epochs="):
         sweep.sweep(other, root)
+    for change in ({"model.prompt": "full"}, {"lora.r": 8}, {"env.history_length": 0}):
+        name = next(iter(change))
+        with pytest.raises(UserError, match=f"start-whole was made with {name}="):
+            sweep.sweep(written(tmp_path, seeds=[0], starts={"whole": change}, arms={"a": {"start": "whole"}}), root)
     file = root / "start-whole" / "model" / "made.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"environment": "scienceworld", "seed": 4}))
     with pytest.raises(UserError, match=r"start-whole was made with seed=4 \(recipe: 0\), environment='scienceworld'"):
@@ -404,11 +410,25 @@ def test_the_table_pairs_seeds(recipe, tmp_path):
     assert a["after"] == pytest.approx({"mean": 0.6, "half": 4.303 * 0.1 / 3**0.5, "n": 3})
     assert a["change"]["mean"] == pytest.approx(0.2) and a["difference"] is None and a["longer"] is None
     # Seeds 0 and 2 only, each against its own partner: +0.1 both times, whatever the seeds' spread.
-    assert b["difference"]["mean"] == pytest.approx(0.1) and b["difference"]["half"] == pytest.approx(0, abs=1e-9)
+    assert b["difference"]["mean"] == pytest.approx(0.1) and b["difference"]["half"] is None  # two that are alike do not say how far others would be
     assert b["seeds"] == [0, 2] and b["planned"] == 3 and b["minutes"]["mean"] == 12
     assert b["longer"]["mean"] == pytest.approx((12 / 10 + 12 / 12) / 2 - 1)
     # Not evaluated before training itself: the first arm of its seed was.
     assert b["before"]["mean"] == 0.4 and b["change"]["mean"] == pytest.approx(0.3)
+    finish(recipe, tmp_path, "b-s1", 0.6)
+    (tmp_path / "a-s1" / "summary.json").unlink()
+    text = sweep.markdown(recipe, sweep.table(recipe, tmp_path))
+    assert "| +10.0 (to a, 2 pairs) |" in text and "(to a, 2 pairs) |" in text.splitlines()[-1]  # the means beside it are of three seeds, and two
+    (tmp_path / "b-s1" / "summary.json").write_text('{"levels": ')
+    with pytest.raises(UserError, match="b-s1/summary.json is damaged: delete it"):
+        sweep.table(recipe, tmp_path)
+
+
+def test_intervals_are_students():
+    twelve = [0.1 * k for k in range(12)]  # the half width for n = 12 by t(11) = 2.201, not by the normal's 1.96
+    assert sweep.interval(twelve)[1] == pytest.approx(2.201 * (13 / 100) ** 0.5 / 12**0.5)
+    assert sweep.interval([0.0, 1.0] * 50)[1] == pytest.approx(2.042 * (25 / 99) ** 0.5 / 10)
+    assert sweep.interval([0.5]) == (0.5, None) and sweep.interval([0.5, 0.5]) == (0.5, None)
 
 
 def test_what_came_before_training_is_not_taken_from_other_weights_or_games(tmp_path):
@@ -441,8 +461,8 @@ def test_a_model_that_is_not_trained_serves_as_before(tmp_path):
 
 def test_the_text_names_labellers_seeds_and_what_was_not_run(tmp_path):
     arms = {
-        "a": {}, "rules": {"gcd.enabled": True}, "best": {"gcd.enabled": True, "gcd.labeller": "rules+oracle", "against": "rules"},
-        "hints": {"gcd.enabled": True, "gcd.suggest": True, "seeds": [0]}, "head": {"gcd.enabled": True, "gcd.head": "value", "seeds": [0]},
+        "a": {}, "rules": {"gcd.enabled": True}, "best": {"gcd.enabled": True, "gcd.labeller": "rules+oracle", "against": "rules", "reward.inadmissible": 0.2},
+        "hints": {"gcd.enabled": True, "gcd.suggest": True, "seeds": [0]}, "head": {"gcd.enabled": True, "gcd.head": "value", "seeds": [0], "rollout.groups": 4},
     }  # fmt: skip
     paper = {"a": {"L0": 82.7}, "future": {"L0": 1}}
     recipe = written(tmp_path, arms=arms, seeds=[0, 1], settings={"reward.inadmissible": 0.1}, absent={"future": "no such start"}, paper=paper)
@@ -450,17 +470,18 @@ def test_the_text_names_labellers_seeds_and_what_was_not_run(tmp_path):
         finish(recipe, tmp_path, name, 0.5, judge=None if name == "a-s0" else 0.75)
     text = sweep.markdown(recipe, sweep.table(recipe, tmp_path), "generated games")
     lines = {line.split(" | ")[0] + " | " + line.split(" | ")[1]: line for line in text.splitlines() if line.startswith("| ")}
-    assert lines["| a | L0"].startswith("| a | L0 | 25.0 ± 0.0 | 12.5")  # the last table of behaviour
+    assert lines["| a | L0"].startswith("| a | L0 | 25.0 | 12.5")  # the last table of behaviour
     assert "score before" not in text
     first = text.split("\n\n| arm | level | repeated %")[0]
-    assert "| a | L0 | 82.7 | – | 50.0 ± 0.0 | – | – | 75.0 | 10 |" in first
-    assert "| rules (rules labels) | L0 |  | – | 50.0 ± 0.0 | – | +0.0 ± 0.0 (to a) | 75.0 ± 0.0 | 10 |" in first
+    assert "| a | L0 | 82.7 | – | 50.0 (10–90) | – | – | 75.0 | 10 |" in first  # equal seeds: the interval over one's games
+    assert "| rules (rules labels) | L0 |  | – | 50.0 (10–90) | – | +0.0 (to a) | 75.0 | 10 |" in first
     assert "| best (rules+oracle labels: an upper bound, not GCD, 1 of 2 seeds) | L0 |  | – | 50.0 (10–90) | – | +0.0 (to rules) |" in first
     assert "| hints (rules labels, suggestions by template, one seed) | L0 |" in first
     assert "| future | L0 | 1.0 |  | not run: no such start |" in first
     assert "| head (rules labels, a value head, not GCD, one seed) | L0 |" in first
     assert "| a | L1 |  |  | not run |" in first
-    assert "generated games" in first and "protocol single" in first and "charged 0.1" in first and "python run.py sweep r" in first
+    assert "best: Training charged 0.2" in first and "20 iterations of 8 games × 8 episodes (a, rules, best, hints); 20 iterations of 4 games" in first
+    assert "generated games" in first and "protocol single" in first and "Training charged 0.1" in first and "python run.py sweep r" in first
     widths = {line.count("|") for line in first.splitlines() if line.startswith("|")}
     assert len(widths) == 1
 
@@ -471,7 +492,7 @@ def test_scienceworlds_score_has_a_table_of_its_own(tmp_path):
         finish(recipe, tmp_path, f"a-s{seed}", 0.1, before=0.1, score=before + 5.0, score_before=float(before))
     finish(recipe, tmp_path, "b-s1", 0.1, score=31.0)
     rows = rows_of(recipe, tmp_path)
-    assert rows["a"]["score"]["change"] == {"mean": 5, "half": 0, "n": 2} and rows["a"]["score"]["difference"] is None
+    assert rows["a"]["score"]["change"] == {"mean": 5, "half": None, "n": 2} and rows["a"]["score"]["difference"] is None
     assert rows["b"]["score"]["difference"]["mean"] == 6 and rows["b"]["score"]["change"]["mean"] == 11
     text = sweep.markdown(recipe, sweep.table(recipe, tmp_path))
     assert "| arm | level | score before | after | change | difference |" in text
