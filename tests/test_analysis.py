@@ -21,6 +21,7 @@ from gcdlite.analysis.output import Output
 from gcdlite.backbone import plain
 from gcdlite.config import check
 from gcdlite.envs import qa
+from gcdlite.evaluate import wilson
 from gcdlite.policy import Policy
 from gcdlite.records import Episode, Sample, Task, Turn, UserError
 from gcdlite.sampling import Completion
@@ -190,20 +191,30 @@ def test_sums_that_were_kept_are_not_computed_again_and_go_when_all_is_done(poli
 
 def test_what_was_measured_elsewhere_stands_beside_it(policy, small_config, tmp_path):
     opts, small_config.env.name = Options(samples=8, bootstrap=20), "scienceworld"
-    first = Output(tmp_path / "first", {"options": {"parameters": "lm_head", "classes": "episodes"}})
+    first = Output(tmp_path / "first", {"options": {"parameters": "lm_head", "classes": "episodes"}, "settings": small_config.model_dump()})
     found = [replace(s, source="reference" if s.positive and s.domain == "OOD" else "sampled") for s in made(policy, 16, two_units=False)]
     rows = [{"data": "alfworld", "iteration": 0} | row | {"paper_7B": 0.5} for row in similarity.measure(policy, found, opts, small_config, first, "k", "x")]
     first.table("similarity", "x", rows)
     both = replace(opts, beside=(str(tmp_path / "first"),))
-    similarity.check(both)
+    similarity.check(both, small_config)
     second = output(tmp_path / "second")
-    again = similarity.finished(str(tmp_path / "first"), both)
+    again = similarity.finished(str(tmp_path / "first"), both, small_config)
     assert [r["data"] for r in again] == ["alfworld"] * 4 and again[1]["source_OOD"] == "reference"
     similarity.draw_figure([*again, *({**r, "data": "scienceworld", "source_OOD": "sampled"} for r in again)], "note", second)
     caption = (tmp_path / "second" / "similarity.txt").read_text()
     assert "alfworld: nn 4+4, np 4+4*, pn 4+4, pp 4+4*; scienceworld: nn 4+4, np 4+4, " in caption and "*: with positives that an expert" in caption
     with pytest.raises(UserError, match="--classes episodes, and this is with rules"):
-        similarity.check(replace(both, classes="rules"))
+        similarity.check(replace(both, classes="rules"), small_config)
+    for setting, value in (("rollout.temperature", 0.3), ("model.name", "elsewhere"), ("env.protocol", "rlvmr")):
+        section, field = setting.split(".")
+        other = small_config.model_copy(deep=True)
+        setattr(getattr(other, section), field, value)
+        with pytest.raises(UserError, match=f"was measured with {setting}=.*, and this is with {value}"):
+            similarity.check(both, other)
+    for twice in (replace(both, beside=both.beside * 2), both):
+        small_config.env.name = "alfworld" if twice is both else "scienceworld"
+        with pytest.raises(UserError, match="alfworld is measured twice"):
+            similarity.check(twice, small_config)
 
 
 def test_an_empty_set_has_no_cosine(policy, small_config, tmp_path):
@@ -238,6 +249,8 @@ def test_resampling_takes_whole_episodes():
     assert mean == 0.5 and high - low == pytest.approx(2 * 1.96 * 0.05, rel=0.1)
     assert gather.bootstrap_mean([1.0, 1.0, 1.0, 0.0], [0, 1, 2, 3], 500, 0)[2] > 1
     assert gather.bootstrap_mean([1.0, 1.0, 1.0, 0.0], [0, 1, 2, 3], 500, 0, share=True)[2] == 1
+    assert gather.bootstrap_mean([1.0] * 6, [0, 0, 1, 1, 2, 2], 9, 0, share=True) == (1.0, *wilson(3, 3))  # no width would read as certainty
+    assert gather.bootstrap_mean([0.0] * 6, [0, 0, 1, 1, 2, 2], 9, 0, share=True)[1:] == wilson(0, 3)
     assert gather.bootstrap_mean([1.0, 0.0], [3, 3], 9, 0) == (0.5, None, None) and gather.bootstrap_mean([], [], 9, 0)[0] is None
 
 
@@ -253,6 +266,9 @@ def test_the_ceiling_is_what_two_samples_of_one_population_give():
     found = similarity.compare(a, b, 100, 0)
     assert found["ceiling"] == pytest.approx(1 / (1 + 25 / 32), abs=0.05) and found["cosine"] == pytest.approx(found["ceiling"], abs=0.08)
     assert found["low"] < found["cosine"] < found["high"]
+    few = summary(4, 5.0)  # less to compare with: the geometric mean of both, and not the smaller one
+    both = similarity.reliability(a, 0) * similarity.reliability(few, 0)
+    assert similarity.compare(a, few, 10, 0)["ceiling"] == pytest.approx(both**0.5) and both**0.5 > similarity.reliability(few, 0) + 0.05
     assert similarity.reliability(summary(8, 0.0), 0) == pytest.approx(1)
     assert similarity.reliability(gradients.Summary([signal], signal[None], [0]), 0) is None
 
@@ -327,7 +343,25 @@ def test_conflict_compares_advantage_weighted_gradients(policy, small_config, tm
     assert [(r["n_policy"], r["n_other"]) for r in rows] == [(4, 4), (4, 4)] and rows[1]["cosine"] != rows[0]["cosine"]
 
 
-def test_conflict_takes_the_algorithms_own_advantages(policy, small_config, monkeypatch):
+def test_conflict_goes_on_and_units_of_its_judgments_are_turns(policy, small_config, monkeypatch, tmp_path):
+    from gcdlite import envs
+    from gcdlite.gcd import labels
+
+    monkeypatch.setitem(labels.LABELLERS, "oracle", lambda episode, _: {i: i % 2 for i in range(len(episode.turns))})
+    policy.rows = 3  # one group, and one judged turn, at a time
+    with envs.closing(envs.make(small_config)) as pool:
+        find = lambda: conflict.material(policy, pool, Options(samples=3), small_config, "oracle", output(tmp_path), Stage(0, None))  # noqa: E731
+        samples, judged = find()
+        assert len(judged) == 6 and [[s.unit for s in some] for _, some in judged] == [[i] * 3 for i in range(6)]
+        assert len({tuple(s.response_ids) for _, some in judged for s in some}) > 6  # batches draw numbers of their own
+        kept = sorted(f.name for f in (tmp_path / "parts").iterdir())
+        assert [name for name in kept if "groups" in name] == ["conflict-000000-groups-0.pt", "conflict-000000-groups-1.pt"] and len(kept) == 8
+        monkeypatch.setattr(Policy, "generate", None)  # nothing is asked again
+        again = find()
+    assert again[0] == samples and [some for _, some in again[1]] == [some for _, some in judged]
+
+
+def test_conflict_takes_the_algorithms_own_advantages(policy, small_config, monkeypatch, tmp_path):
     from gcdlite import envs
     from gcdlite.train import policy_samples
 
@@ -336,7 +370,7 @@ def test_conflict_takes_the_algorithms_own_advantages(policy, small_config, monk
     for algo in ({"name": "gigpo", "step_norm": "mean", "gamma": 0.5}, {"name": "rloo"}):
         config = check(small_config.model_dump() | {"algo": algo})
         with envs.closing(envs.make(config)) as pool:
-            samples, _ = conflict.material(policy, pool, Options(samples=1000), config, "oracle")
+            samples, _ = conflict.material(policy, pool, Options(samples=1000), config, "oracle", output(tmp_path / algo["name"]), Stage(0, None))
         wanted = [s for s in policy_samples(keep.last[0], config) if any(s.advantages)]
         assert samples == wanted and samples
 
@@ -344,10 +378,10 @@ def test_conflict_takes_the_algorithms_own_advantages(policy, small_config, monk
 @pytest.mark.parametrize(
     ("algo", "classes", "part"), [("nthr", "episodes", "algo.name=grpo"), ("vanilla", "episodes", "algo.name=grpo"), ("grpo", "rules+self", "does not ask self")]
 )
-def test_conflict_refuses_what_has_to_ask(algo, classes, part, policy, small_config, tmp_path):
+def test_conflict_refuses_what_has_to_ask(algo, classes, part, small_config):
     small_config.algo.name, small_config.gcd.labeller = algo, "rules"
     with pytest.raises(UserError, match=part):
-        conflict.run(policy, None, [Stage(0, None)], Options(classes=classes), small_config, output(tmp_path))
+        conflict.check(Options(classes=classes, parameters="adapter"), small_config)
 
 
 def test_a_prompts_mean_state_is_the_models_own(policy):
@@ -428,6 +462,23 @@ def test_subjects_of_math_are_its_domains(tmp_path, small_config):
     found = gather.by_domain("math", Options(math=str(tmp_path / "math.jsonl"), games=5), 0)
     assert {d: {q.subject for q in some} for d, some in found.items()} == {"ID": {"Geometry", "Number Theory"}, "OOD": {"Algebra", "Precalculus"}}
     assert [len(some) for some in found.values()] == [5, 5]
+    rows.append(rows[0] | {"subject": "algebra"})
+    (tmp_path / "math.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="subjects that MATH does not have: algebra; MATH's are Number Theory"):
+        gather.by_domain("math", Options(math=str(tmp_path / "math.jsonl")), 0)
+
+
+def test_halves_of_gsm8k_share_no_question(tmp_path):
+    halves = gather.by_domain("gsm8k", Options(gsm8k=str(questions(tmp_path, 30)), games=0), 0)
+    one, two = ({q.id for q in some} for some in halves.values())
+    assert len(one) == len(two) == 15 and not one & two
+
+
+def subjects(folder):
+    file = folder / "math.jsonl"
+    rows = [{"problem": f"p{i}", "answer": "1", "subject": subject} for i, subject in enumerate(["Algebra", "Geometry"] * 4)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
 
 
 def test_questions_that_are_none(tmp_path):
@@ -544,7 +595,7 @@ def test_coupling_is_equation_2_and_autograds_inner_product(policy, small_config
 
 def test_means_over_pairs_need_no_pairs(policy, small_config, tmp_path):
     found = made(policy, 9, two_units=False)
-    rows, told = hidden.measure(policy, found, Options(vocab="full", bootstrap=50), small_config, output(tmp_path), "x")
+    rows, told = hidden.measure(policy, found, Options(vocab="full", bootstrap=50), small_config, output(tmp_path), "k", "x")
     table = torch.tensor([[by_definition(policy, a, b) for b in found] for a in found])
     same = torch.tensor([[a.positive == b.positive and a is not b for b in found] for a in found])
     cross = torch.tensor([[a.positive != b.positive for b in found] for a in found])
@@ -564,12 +615,16 @@ def test_means_over_pairs_need_no_pairs(policy, small_config, tmp_path):
     )
     once = hidden.gap_draws(sketches, [s.positive for s in found], [s.unit for s in found], torch.ones(1, 9))
     assert once.item() == pytest.approx(rows[0]["gap"], rel=0.02)  # every sample drawn once: the gap itself
+    draws = gather.resampled([s.unit for s in found], 50, small_config.seed)
+    for row, some in zip(rows, (sketches, torch.nn.functional.normalize(sketches))):
+        low, high = gather.interval(row["gap"], hidden.gap_draws(some, [s.positive for s in found], [s.unit for s in found], draws))
+        assert (row["low"], row["high"]) == (pytest.approx(low), pytest.approx(high))
 
 
 def test_turns_of_one_episode_are_no_pair(policy, small_config, tmp_path):
     """Four episodes: two of one class, two of both; in their own order, not one after the other."""
     found = [replace(s, unit=i % 4, positive=(i % 4 == 0) or (i % 4 > 1 and i > 5)) for i, s in enumerate(made(policy, 12))]
-    rows, told = hidden.measure(policy, found, Options(vocab="full", bootstrap=50), small_config, output(tmp_path), "x")
+    rows, told = hidden.measure(policy, found, Options(vocab="full", bootstrap=50), small_config, output(tmp_path), "k", "x")
     table = torch.tensor([[by_definition(policy, a, b) for b in found] for a in found])
     unit = table / table.diagonal().sqrt().outer(table.diagonal().sqrt())
     apart = torch.tensor([[a.unit != b.unit for b in found] for a in found])
@@ -587,7 +642,7 @@ def test_turns_of_one_episode_are_no_pair(policy, small_config, tmp_path):
     once = hidden.gap_draws(sketches, [s.positive for s in found], [s.unit for s in found], torch.ones(1, 12))
     assert once.item() == pytest.approx(rows[0]["gap"], rel=0.02)
     two = [replace(s, unit=int(s.positive)) for s in found]  # all of a class in one episode: nothing to compare within
-    assert hidden.measure(policy, two, Options(), small_config, output(tmp_path / "two"), "x")[0][0]["gap"] is None
+    assert hidden.measure(policy, two, Options(), small_config, output(tmp_path / "two"), "k", "x")[0][0]["gap"] is None
 
 
 def test_the_restricted_vocabulary_drops_rows_and_says_how_much(policy, small_config):
@@ -611,7 +666,7 @@ def test_cost_is_linear_in_the_samples(policy, small_config, tmp_path, monkeypat
 
     def cost(n):
         tokens.clear()
-        hidden.measure(policy, made(policy, n), Options(bootstrap=2), small_config, output(tmp_path / str(n)), "x")
+        hidden.measure(policy, made(policy, n), Options(bootstrap=2), small_config, output(tmp_path / str(n)), "k", "x")
         return sum(tokens)
 
     assert cost(12) == 2 * cost(6)
@@ -659,6 +714,8 @@ def test_influence_is_a_step_and_the_weights_come_back(policy, small_config, tmp
             logits = policy.model(input_ids=torch.tensor([s.sample.prompt_ids + ids])).logits[0, len(s.sample.prompt_ids) - 1 : -1]
         return sum(logits.log_softmax(-1)[k, ids[k]].item() for k in range(start, len(ids) - 1))
 
+    squares = [sum(g.square().sum().item() for g in reference(policy, s.sample, policy.parameters())) for s in found]
+    assert lr == pytest.approx(0.01 / (sum(squares) / 4), rel=1e-3)  # the mean, not the largest
     old = [action_score(s) for s in found]
     grads = reference(policy, found[1].sample, policy.parameters())
     with torch.no_grad():
@@ -666,6 +723,9 @@ def test_influence_is_a_step_and_the_weights_come_back(policy, small_config, tmp
             p += lr * g
     assert table[1].tolist() == pytest.approx([action_score(s) - o for s, o in zip(found, old)], abs=2e-5)
     assert table.abs().min() > 0
+    one = [replace(s, unit=i // 2) for i, s in enumerate(found)]  # two turns of an episode depend on each other
+    assert influence.summary(table, [replace(s, unit=0) for s in found], 20, 0)[0]["low"] is None
+    assert influence.summary(table, one, 20, 0)[5]["low"] != influence.summary(table, found, 20, 0)[5]["low"]
     rows = {r["pairs"]: r for r in influence.summary(table, found, 20, 0)}
     assert rows["same action"]["n"] == 2 and rows["same action"]["mean"] == pytest.approx((table[0, 2] + table[2, 0]).item() / 2)
     assert rows["good on bad"]["n"] == 4 and rows["good on good"]["mean"] == pytest.approx((table[1, 3] + table[3, 1]).item() / 2)
@@ -700,6 +760,7 @@ def test_shares_of_flawed_turns():
     rows = behaviour.flaws([episode("aab", True), episode("abab", False), episode("cc", False)], 50, 0)
     won, lost, both = rows
     assert (won["repeated"], won["looped"], won["repeated_low"], won["actions"]) == (pytest.approx(1 / 3), 0, None, 3)
+    assert behaviour.consistency_rows({"bad": [(0, 0.5), (1, 0.4)]}, [True, True], Options(bootstrap=5), 0)[0]["high_share"] == 0.5
     assert (lost["repeated"], lost["looped"], lost["episodes"], lost["turns"]) == (pytest.approx(1 / 6), pytest.approx(1 / 6), 2, 6)
     assert both["actions"] == 3 and both["tokens_a_turn"] == 3 and both["repeated_low"] < both["repeated"] < both["repeated_high"]
 
@@ -713,7 +774,10 @@ def test_success_by_type_and_failures():
 def test_consistency_is_the_share_of_equal_answers(policy, small_config, tmp_path):
     answers = iter(["look", "look", "look", "open box"] * 100)
 
-    def generate(prompts, **_):
+    heat = []
+
+    def generate(prompts, **how):
+        heat.append(how["temperature"])
         done = [
             policy.tokenizer(f"<think>x</think><action>{next(answers)}</action>", add_special_tokens=False)["input_ids"] for _ in prompts
         ]
@@ -722,7 +786,11 @@ def test_consistency_is_the_share_of_equal_answers(policy, small_config, tmp_pat
     policy.generate = generate
     some = Options(resamples=4, turns=5, classes="oracle", bootstrap=20)
     played = [episode(["look", "look", "go"], True), episode(["look", "look"], False)]
+    small_config.rollout.temperature = 0.8
     found = behaviour.ask_again(policy, played, some, small_config, output(tmp_path), Stage(0, None))
+    assert heat == [0.8] and behaviour.HIGH == 0.5
+    policy.generate = None  # what was asked is not asked again
+    assert behaviour.ask_again(policy, played, some, small_config, output(tmp_path), Stage(0, None)) == found
     assert found["repeated"] == [(0, 0.75), (1, 0.75)] or found["repeated"] == [(1, 0.75), (0, 0.75)]
     rows = behaviour.consistency_rows({"repeated": [(0, 0.75), (1, 0.25), (1, 0.25)]}, [True, False], some, 0)
     assert [(r["outcome"], r["n"], r["consistency"], r["high_share"]) for r in rows] == [
@@ -739,7 +807,7 @@ def test_judgment_accuracy_by_hand():
     assert judgment.table_rows([(1, 1)], [])[2]["accuracy"] is None
 
 
-def test_verdicts_are_compared_with_the_chosen_labeller(policy, small_config, monkeypatch):
+def test_verdicts_are_compared_with_the_chosen_labeller(policy, small_config, monkeypatch, tmp_path):
     from gcdlite.records import Judgment, LabelledTurn
 
     turns = [Turn(f"room {i}", [], [1], [2], [-1.0], "r", f"act {i}", False, True, bare_prompt="p") for i in range(8)]
@@ -757,7 +825,14 @@ def test_verdicts_are_compared_with_the_chosen_labeller(policy, small_config, mo
 
     monkeypatch.setattr(judgment, "label", label)
     monkeypatch.setattr(judgment.judging, "judge", judge)
-    good, bad, both = judgment.measure(policy, played, Options(samples=8, classes="oracle"), small_config)
+    policy.rows = 3  # three batches
+    found = [judgment.measure(policy, played, Options(samples=8, classes="oracle"), small_config, output(tmp_path), "k") for _ in range(2)]
+    assert len(asked) == 3 and found[0] == found[1]  # the second time they are read
+    asked[:] = [asked[0]]
+    few = judgment.measure(policy, played, Options(samples=2, classes="oracle"), small_config, output(tmp_path / "few"), "k")
+    assert [r["n"] for r in few] == [2, 2, 4]
+    asked[:] = [asked[0]]
+    good, bad, both = found[0]
     assert (good["n"], good["accuracy"], bad["n"], bad["accuracy"], both["accuracy"]) == (4, 0.5, 4, 0.5, 0.5)
     assert (good["rules"], good["n_rules"], bad["rules"], bad["n_rules"]) == (0.0, 1, 1.0, 1) and asked == [0.5]
 
@@ -798,9 +873,9 @@ def test_chosen_adapters_are_kept(small_config, tmp_path):
     assert gather.stages([kept], "all") == [Stage(3, kept / "adapter")]
     policy, fresh = Policy(small_config, adapter=found[-1].adapter), Policy(small_config)
     trained = [p.detach().clone() for p in policy.parameters()]
-    gather.enter(policy, found[0])
+    gather.enter(policy, found[0], output(tmp_path / "a"))
     assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), fresh.parameters()))
-    gather.enter(policy, found[2])
+    gather.enter(policy, found[2], output(tmp_path / "a"))
     assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), trained)) and not all(map(torch.equal, trained, fresh.parameters()))
 
 
@@ -858,10 +933,11 @@ def test_every_analysis_leaves_tables_and_figures_and_resumes(name, more, files,
     if name == "behaviour":
         assert "not won in 3 turns" in (tmp_path / "out" / "failures.txt").read_text()
     if files == ["similarity"]:  # and what another call measures can stand in one table with it
-        beside = [*words, "--samples", "3", "--classes", "oracle", "--sets", "gsm8k", "--gsm8k", more[-1], "--beside", str(tmp_path / "out")]
-        assert run.main(["analyze", name, "--out", str(tmp_path / "two"), *beside]) == 0
+        beside = [*words, "--samples", "3", "--classes", "oracle", "--beside", str(tmp_path / "out")]
+        questions_of_math = ["--sets", "math", "--math", str(subjects(tmp_path))]
+        assert run.main(["analyze", name, "--out", str(tmp_path / "two"), *beside, *questions_of_math]) == 0
         rows = json.loads((tmp_path / "two" / "similarity.json").read_text())["rows"]
-        assert [r["data"] for r in rows] == ["alfworld"] * 4 + ["gsm8k"] * 8 and not list((tmp_path / "two" / "parts").glob("sums-*"))
+        assert [r["data"] for r in rows] == ["alfworld"] * 4 + ["gsm8k"] * 4 + ["math"] * 4 and not list((tmp_path / "two" / "parts").glob("sums-*"))
     monkeypatch.setattr(Policy, "generate", None)  # nothing may be asked again
     assert run.main(call) == 0
     assert {f: (tmp_path / "out" / f"{f}.csv").read_text() for f in files} == table
@@ -906,6 +982,14 @@ def test_the_course_of_a_run(name, more, figures, kept_run, tmp_path):
     assert list(dict.fromkeys(r["iteration"] for r in whole)) == [0, 1, 2]
     alone = looked(tmp_path / "one", "--at", "1")
     assert alone == [r for r in whole if r["iteration"] == 1]
+    if name == "judgment":  # other weights in the same place are not taken for those that were measured
+        twin = tmp_path / "twin"
+        shutil.copytree(kept_run, twin)
+        look = ["analyze", name, str(twin), "--games", "3", "--at", "1", *more[:4], "--out", str(tmp_path / "stale")]
+        assert run.main(look) == 0 and run.main(look) == 0
+        weights = "adapters/iteration-00000{}/adapter_model.safetensors"
+        shutil.copy(twin / weights.format(2), twin / weights.format(1))
+        assert run.main(look) == 2
     without = [[{k: v for k, v in r.items() if k != "iteration"} for r in whole if r["iteration"] == i] for i in (0, 2)]
     assert name == "judgment" or without[0] != without[1]
 
@@ -941,8 +1025,10 @@ def test_two_runs_stand_side_by_side(name, more, kept_run, tmp_path, capsys):
         config = (other / "config.yaml").read_text()
         (other / "config.yaml").write_text(config.replace("max_turns: 4", "max_turns: 5"))
         assert run.main(["analyze", name, str(kept_run), str(other), "--out", str(tmp_path / "a")]) == 2
+        (other / "config.yaml").write_text(config.replace("temperature: 1.0", "temperature: 0.5", 1))
+        assert run.main(["analyze", name, str(kept_run), str(other), "--out", str(tmp_path / "a")]) == 2
         said = capsys.readouterr().err
-        assert "give one run folder" in said and "two runs are called run" in said and "differ in env.*" in said
+        assert "give one run folder" in said and "two runs are called run" in said and "differ in env.*" in said and "differ in rollout.temperature" in said
     else:
         assert run.main(["analyze", name, str(kept_run), str(other), "--inputs", "--out", str(tmp_path / "a")]) == 2
 
@@ -1041,7 +1127,7 @@ def test_influence_from_the_command_line(games_root, tmp_path, monkeypatch, caps
         (["similarity", "--beside", "nowhere"], "there is no similarity.json"),
         (["similarity", "--sets", "maths"], "none of env, math, gsm8k"),
         (["similarity", "--sets", "gsm8k", "--gsm8k", "nowhere"], "cannot read the questions in nowhere"),
-        (["similarity", "--conflict"], "--parameters adapter"),
+        (["similarity", "--conflict", "--parameters", "lm_head"], "--parameters adapter"),
         (["similarity", "--parameters", "head"], "--parameters head"),
         (["hidden", "--vocab", "some"], "--vocab some"),
         (["hidden", "--classes", "ruless"], "--classes ruless"),
@@ -1073,7 +1159,7 @@ def test_without_labels_the_tables_say_that_there_are_none(policy, small_config,
     assert gather.specimens({"ID": [episode("ab", True)], "OOD": []}, "oracle", small_config) == []
     row = behaviour.consistency_rows({"good": [], "bad": []}, [], Options(), 0)[0]
     assert row["n"] == 0 and row["consistency"] is None
-    rows, told = hidden.measure(policy, [], Options(), small_config, output(tmp_path), "x")
+    rows, told = hidden.measure(policy, [], Options(), small_config, output(tmp_path), "k", "x")
     assert [r["gap"] for r in rows] == [None, None] and told == []
 
 

@@ -116,7 +116,8 @@ def options(name: str, given: dict[str, Any], runs: Sequence[Path] = ()) -> Opti
     taken = {k: v for k, v in given.items() if v is not None}
     if "beside" in taken:
         taken["beside"] = tuple(taken["beside"].split(","))
-    chosen = Options(runs=tuple(runs), **DEFAULTS.get(name, {}) | taken)
+    usual = {"parameters": "adapter"} if taken.get("conflict") else DEFAULTS.get(name, {})  # a value head does not reach lm_head
+    chosen = Options(runs=tuple(runs), **usual | taken)
     for setting, low, high in (
         ("games", 0, None), ("samples", 2, None), ("answer_tokens", 1, None), ("reference", 0, None), ("bootstrap", 2, None), ("resamples", 1, None), ("turns", 1, None),
         ("q", 0, 1), ("r", 0, 1), ("delta", -1, 1), ("push", 0, None), ("xi", 0, None), ("lr", 0, None), ("nudge", 0, None),

@@ -31,7 +31,7 @@ HIGH = 0.5  # consistency that counts as high: 5 of 10 resamples (old paper, Fig
 FAILURES = 6  # lost episodes written down
 
 
-def check(options: Options) -> None:
+def check(options: Options, config: Config) -> None:
     """Raises UserError without two levels, or for classes that are no labeller."""
     gather.two_levels(options.levels)
     if options.classes == "episodes":
@@ -44,19 +44,19 @@ def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, c
     rows, consistency, success = [], [], []
     episodes: dict[str, list[Episode]] = {}
     for stage in stages:
-        gather.enter(policy, stage)
+        gather.enter(policy, stage, output)
         episodes = gather.episodes_of(policy, pool, levels, config, options.games, output, stage, config.eval.temperature)
         at = {"iteration": stage.iteration}
         for domain, played in episodes.items():
             rows += [at | {"level": levels[domain]} | r for r in flaws(played, options.bootstrap, config.seed)]
             success += [at | {"level": levels[domain], "domain": domain} | r for r in by_type(played)]
         everything = [e for played in episodes.values() for e in played]
-        asked = output.part(f"consistency-{stage.key}", lambda: ask_again(policy, everything, options, config, output, stage))
+        asked = ask_again(policy, everything, options, config, output, stage)
         consistency += [at | r for r in consistency_rows(asked, [e.won for e in everything], options, config.seed)]
     how = "greedily" if config.eval.temperature == 0 else f"at temperature {config.eval.temperature:g}"
     note = (
         f"Episodes played {how}. Shares are over turns, ± 1.96 bootstrap standard errors over episodes; repeated: same action as the turn "
-        "before; looped: the last 2 to 4 actions occurred twice in a row. No width: no such turn."
+        "before; looped: the last 2 to 4 actions occurred twice in a row. Where all turns are alike: Wilson's interval over episodes."
     )
     output.table("behaviour", "Flawed actions (new paper, Fig. 8, Table 5; old paper, Figs 2, 10a)", rows, note)
     about = (
@@ -110,29 +110,38 @@ def by_type(episodes: Sequence[Episode]) -> list[dict[str, Any]]:
 def ask_again(
     policy: Policy, episodes: Sequence[Episode], options: Options, config: Config, output: Output, stage: Stage
 ) -> dict[str, list[tuple[int, float]]]:
-    """Kind of turn (repeated, good, bad) -> (episode, share of equal actions) of at most `turns` turns of that kind."""
+    """Kind of turn (repeated, good, bad) -> (episode, share of equal actions) of at most `turns` turns of that kind. Asked, and
+    kept as parts, in batches that draw from generators of their own."""
     kinds: dict[str, list[tuple[int, Turn]]] = {"repeated": [], "good": [], "bad": []}
     for i, e in enumerate(episodes):
         kinds["repeated"] += [(i, t) for t, again in zip(e.turns, repeated([t.action for t in e.turns])) if again]
         for labelled in label([e], options.classes, config.gcd.uninformative):
             kinds["good" if labelled.label else "bad"].append((i, labelled.turn))
     dice = random.Random(config.seed)
-    rng = torch.Generator().manual_seed(config.seed)
     chosen = {kind: dice.sample(some, min(options.turns, len(some))) for kind, some in kinds.items()}
     found: dict[str, list[tuple[int, float]]] = {}
     with output.progress(f"iteration {stage.iteration}: asking again", sum(map(len, chosen.values()))) as step:
         for kind, some in chosen.items():
             found[kind] = []
-            for i, turn in some:
-                done = policy.generate(
-                    [turn.prompt_ids] * options.resamples,
-                    max_new_tokens=config.rollout.max_new_tokens,
-                    temperature=config.rollout.temperature,
-                    rng=rng,
-                )
-                actions = [prompts.parse_response(policy.decode(d.ids))[0] or HARMLESS for d in done]
-                found[kind].append((i, sum(a == turn.action for a in actions) / len(actions)))
-                step()
+            for start, batch in gather.batches(some, max(1, policy.rows // options.resamples)):
+
+                def shares(batch=batch, rng=gather.batch_rng(config.seed, kind, start)) -> list[float]:
+                    done = policy.generate(
+                        [turn.prompt_ids for _, turn in batch for _ in range(options.resamples)],
+                        max_new_tokens=config.rollout.max_new_tokens,
+                        temperature=config.rollout.temperature,
+                        rng=rng,
+                    )
+                    actions = [prompts.parse_response(policy.decode(d.ids))[0] or HARMLESS for d in done]
+                    return [
+                        sum(a == turn.action for a in actions[k * options.resamples : (k + 1) * options.resamples]) / options.resamples
+                        for k, (_, turn) in enumerate(batch)
+                    ]
+
+                equal = output.part(f"consistency-{stage.key}-{kind}-{start}", shares)
+                for (i, _), value in zip(batch, equal, strict=True):
+                    found[kind].append((i, value))
+                    step()
     return found
 
 
@@ -192,7 +201,7 @@ def draw_flaws(rows: Sequence[dict], consistency: Sequence[dict], note: str, out
         ax.set_xticks(iterations)
         ax.margins(x=0.3)
         ax.set_ylim(bottom=0)
-    for ax, place in ((panels[0][1], {"loc": "upper left", "bbox_to_anchor": (1, 1)}), (panels[1][0], {"loc": "lower left"})):
+    for ax, place in ((panels[0][1], {"loc": "upper left", "bbox_to_anchor": (1, 1)}), (panels[1][0], {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 2})):
         if ax.containers:
             ax.legend(**place)
     last = [r for r in rows if r["iteration"] == iterations[-1] and r["outcome"] != "all"]

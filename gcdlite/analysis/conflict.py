@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,23 +35,26 @@ ALGORITHMS = ("grpo", "rloo", "gigpo", "rlvmr")
 NAMES = {"judgment": "generative judgment", "value": "value-head classifier"}
 
 
-def check(options: Options) -> None:
-    """Raises UserError for parameters that a value head does not reach."""
+def check(options: Options, config: Config) -> None:
+    """Raises UserError for parameters that a value head does not reach, an algorithm that asks the model, or a labeller that does."""
     if options.parameters == "lm_head":
         raise UserError("--conflict compares with a loss that does not use lm_head: give --parameters adapter or layers:K")
-
-
-def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, config: Config, output: Output) -> None:
-    """Table and figure of both cosines at every stage. Raises UserError for an algorithm or a labeller that has to ask a model."""
-    labeller = config.gcd.labeller if options.classes == "episodes" else options.classes
-    if asked := voters(labeller):
+    if asked := voters(labeller_of(options, config)):
         raise UserError(f"--conflict does not ask {asked[0]} for labels: give --classes rules, or oracle")
     if config.algo.name not in ALGORITHMS:
         raise UserError(f"--conflict takes the advantages of {', '.join(ALGORITHMS)}, which need rewards only: give algo.name=grpo, or another of them")
-    rows = []
+
+
+def labeller_of(options: Options, config: Config) -> str:
+    return config.gcd.labeller if options.classes == "episodes" else options.classes
+
+
+def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, config: Config, output: Output) -> None:
+    """Table and figure of both cosines at every stage."""
+    labeller, rows = labeller_of(options, config), []
     for stage in stages:
-        gather.enter(policy, stage)
-        samples, judged = output.part(f"conflict-{stage.key}-samples", lambda: material(policy, pool, options, config, labeller))
+        gather.enter(policy, stage, output)
+        samples, judged = material(policy, pool, options, config, labeller, output, stage)
         measured = output.part(
             f"conflict-{stage.key}",
             lambda: measure(policy, samples, judged, options, config, output, f"iteration {stage.iteration}: gradients"),
@@ -61,29 +66,52 @@ def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, c
         f"state that has read the response, fitted first. Labels: {labeller}. Low, high: ±1.96 bootstrap standard errors over episodes or "
         "judged turns; ceiling: what perfect agreement would give at these sample sizes."
     )
+    if not all(row["n_policy"] and row["n_other"] for row in rows):
+        output.say("a set is empty: every group won or lost as a whole, or no turn was labelled both ways; take more rollout.groups, or --classes oracle")
     output.table("conflict", "Task conflict (old paper, Fig. 10b)", rows, note)
     draw_figure(rows, note, output)
 
 
-def material(policy: Policy, pool: Pool, options: Options, config: Config, labeller: str) -> tuple[list[Sample], list[tuple[LabelledTurn, list[Sample]]]]:
-    """(at most 2 * samples policy samples, judged turns with their judgment samples) of training games drawn by seed."""
-    rng = torch.Generator().manual_seed(config.seed)
+def material(
+    policy: Policy, pool: Pool, options: Options, config: Config, labeller: str, output: Output, stage: Stage
+) -> tuple[list[Sample], list[tuple[LabelledTurn, list[Sample]]]]:
+    """(at most 2 * samples policy samples, judged turns with their judgment samples) of training games drawn by seed. Each
+    group's episodes and each batch of judgments are parts, and draw from generators of their own."""
     dice = random.Random(config.seed)
     tasks = pool.tasks("train")
-    groups, metrics = play_groups(policy, pool, dice.sample(tasks, min(config.rollout.groups, len(tasks))), config, rng)
+    games = dice.sample(tasks, min(config.rollout.groups, len(tasks)))
+    groups = []
+    with output.progress(f"iteration {stage.iteration}: playing groups", len(games)) as step:
+        for start, some in gather.batches(games, max(1, policy.rows // config.rollout.group_size)):
+            play_some = partial(play_groups, policy, pool, some, config, gather.batch_rng(config.seed, "groups", start))
+            groups += output.part(f"conflict-{stage.key}-groups-{start}", play_some)[0]
+            for _ in some:
+                step()
+    episodes = advantages.all_episodes(groups)
+    won = sum(e.won for e in episodes) / max(1, len(episodes))
     name, cost = config.algo.name, (config.reward.success * config.reward.malformed, config.reward.success * config.reward.inadmissible)
     fields = {field: getattr(config.algo, field) for field in ALGO_FIELDS[name]}
     rows = [advantages.ALGORITHMS[name](g, *cost, **fields) for g in groups]
     samples = [s for s in advantages.policy_samples(groups, rows) if any(s.advantages)]
     samples = [samples[i] for i in sorted(dice.sample(range(len(samples)), min(2 * options.samples, len(samples))))]
-    labelled = label(advantages.all_episodes(groups), labeller, config.gcd.uninformative)
-    targets = judging.select(labelled, [], 2 * options.samples, dice)
+    targets = judging.select(label(episodes, labeller, config.gcd.uninformative), [], 2 * options.samples, dice)
     size = config.gcd.group_size
-    judgments = judging.judge(
-        policy, targets, group_size=size, success_rate=metrics["rollout/success"], style=config.model.prompt,
-        max_new_tokens=config.gcd.max_new_tokens, temperature=config.rollout.temperature, rng=rng,
-    )  # fmt: skip
-    written = judging.judgment_samples(judgments, size)
+    written: list[Sample] = []
+    with output.progress(f"iteration {stage.iteration}: judging", len(targets)) as step:
+        for start, some in gather.batches(targets, max(1, policy.rows // size)):
+
+            def judged(some=some, rng=gather.batch_rng(config.seed, "judgments", start)) -> list[Sample]:
+                return judging.judgment_samples(
+                    judging.judge(
+                        policy, some, group_size=size, success_rate=won, style=config.model.prompt,
+                        max_new_tokens=config.gcd.max_new_tokens, temperature=config.rollout.temperature, rng=rng,
+                    ), size,
+                )  # fmt: skip
+
+            for sample in output.part(f"conflict-{stage.key}-judgments-{start}", judged):
+                written.append(replace(sample, unit=sample.unit + start))  # units count on from batch to batch
+            for _ in some:
+                step()
     return samples, [(t, written[i * size : (i + 1) * size]) for i, t in enumerate(targets)]
 
 

@@ -14,21 +14,22 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from gcdlite import checkpoint, prompts
 from gcdlite.analysis import Options
-from gcdlite.analysis.output import Output
+from gcdlite.analysis.output import Output, digest
 from gcdlite.coldstart import demonstrations, encode
 from gcdlite.config import Config, load
 from gcdlite.envs import qa
 from gcdlite.envs.alfworld.games import stratified
 from gcdlite.envs.base import Pool
+from gcdlite.evaluate import wilson
 from gcdlite.gcd.labels import LABELLERS, label
 from gcdlite.lessons import Example
-from gcdlite.policy import Policy
+from gcdlite.policy import Policy, resolve
 from gcdlite.records import Episode, Sample, UserError
 from gcdlite.rollout import play, sound
 from gcdlite.runlog import read_lines
@@ -82,7 +83,15 @@ def stages(runs: Sequence[Path], at: str) -> list[Stage]:
     for run, other in zip(runs[1:], others):
         if different := [key for key in ("model", "lora", "env") if getattr(first, key) != getattr(other, key)]:
             raise UserError(f"{runs[0]} and {run} differ in {different[0]}.*: only runs from the same weights in the same environment compare")
+        if different := [key for key, value in asking(first).items() if asking(other)[key] != value]:  # all are asked as the first one is
+            raise UserError(f"{runs[0]} and {run} differ in {different[0]}: only runs that ask the model in the same way compare")
     return [replace(stage, run=name) for run, name in zip(runs, names) for stage in stages_of(run, at)]
+
+
+def asking(config: Config) -> dict[str, Any]:
+    """How a run asks its model, beside `env.*` and `model.*`."""
+    rollout = {f"rollout.{key}": getattr(config.rollout, key) for key in ("temperature", "max_new_tokens", "max_prompt_tokens")}
+    return rollout | {"algo.name (rlvmr's tags)": config.algo.tagged, "eval.temperature": config.eval.temperature, "gcd.uninformative": config.gcd.uninformative}
 
 
 def run_names(runs: Sequence[Path]) -> list[str]:
@@ -124,8 +133,12 @@ def stages_of(run: Path, at: str) -> list[Stage]:
     return [Stage(n, there[n]) for n in chosen]
 
 
-def enter(policy: Policy, stage: Stage) -> None:
-    """Give the policy the stage's adapter."""
+def enter(policy: Policy, stage: Stage, output: Output) -> None:
+    """Give the policy the stage's adapter. Raises UserError when the output holds parts that other weights made."""
+    adapter = stage.adapter or policy.config.model.adapter
+    files = [f for folder in filter(None, (adapter, resolve(policy.config.model.name))) for f in sorted(Path(folder).glob("*.safetensors"))]
+    small = Path(adapter or "")  # a model's own files are gigabytes: their sizes and times have to do
+    output.same(stage.key, " ".join(digest(f) if f.parent == small else f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files))
     if stage.adapter is not None:
         policy.take_adapter(stage.adapter)
 
@@ -285,6 +298,8 @@ def by_domain(name: str, options: Options, seed: int) -> dict[str, list[qa.Quest
     dice = random.Random(seed)
     dice.shuffle(questions)
     if name == "math":
+        if unknown := sorted({q.subject for q in questions if qa.domain(q) is None}):
+            raise UserError(f"{getattr(options, name) or 'MATH'} has subjects that MATH does not have: {', '.join(unknown)}; MATH's are {', '.join((*qa.IN_DOMAIN, *qa.OUT_OF_DOMAIN))}")
         halves = {d: [q for q in questions if qa.domain(q) == d] for d in DOMAINS}
     else:
         halves = {d: questions[i::2] for i, d in enumerate(DOMAINS)}
@@ -339,12 +354,15 @@ def interval(value: float, draws: Sequence[float] | torch.Tensor) -> tuple[float
 def bootstrap_mean(
     values: Sequence[float], units: Sequence[int], times: int, seed: int, share: bool = False
 ) -> tuple[float | None, float | None, float | None]:
-    """(mean, low, high) of values in units; no interval for a single unit. That of a `share` ends at 0 and 1."""
+    """(mean, low, high) of values in units; no interval for a single unit. That of a `share` ends at 0 and 1; where all values
+    are 0 or all 1, of which no bootstrap sample differs, it is Wilson's over the units."""
     if not values:
         return None, None, None
     x = torch.tensor(values, dtype=torch.float64)
     if len(set(units)) < 2:
         return x.mean().item(), None, None
+    if share and x.min() == x.max():
+        return x.mean().item(), *wilson(round(x[0].item()) * len(set(units)), len(set(units)))
     w = resampled(units, times, seed).double()
     low, high = interval(x.mean().item(), (w @ x) / w.sum(1))
     if share and low is not None and high is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from matplotlib.figure import Figure
@@ -32,7 +33,7 @@ LARGE = 20_000  # entries above which only the vocabulary that occurs is kept
 SHOWN = 4  # samples shown as text
 
 
-def check(options: Options) -> None:
+def check(options: Options, config: Config) -> None:
     """Raises UserError for a vocabulary that there is not."""
     if options.vocab not in ("auto", "full", "occurring"):
         raise UserError(f"--vocab {options.vocab}: give full, occurring, or auto")
@@ -45,13 +46,13 @@ def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, c
     rows: list[dict] = []
     told: dict[str, tuple[Stage, list[Told]]] = {}  # the last stage of each run
     for stage in stages:
-        gather.enter(policy, stage)
+        gather.enter(policy, stage, output)
         episodes = gather.episodes_of(policy, pool, levels, config, options.games, output, stage)
         found = gather.draw(gather.specimens(episodes, options.classes, config), options.samples, config.seed)
         chosen = [s for some in found.values() for s in some]
-        measured, tokens = output.part(
-            f"hidden-{stage.key}", lambda: measure(policy, chosen, options, config, output, f"iteration {stage.iteration}: coupling")
-        )
+        key = f"hidden-{stage.key}"
+        measured, tokens = output.part(key, lambda: measure(policy, chosen, options, config, output, key, f"iteration {stage.iteration}: coupling"))
+        output.forget(f"{key}-")
         rows += [stage.columns | row for row in measured]
         told[stage.run] = stage, tokens
     meant = "turns of won and of lost episodes" if options.classes == "episodes" else f"good and bad turns ({options.classes} labels)"
@@ -170,9 +171,10 @@ class Told:
 
 
 def measure(
-    policy: Policy, chosen: Sequence[Specimen], options: Options, config: Config, output: Output, what: str
+    policy: Policy, chosen: Sequence[Specimen], options: Options, config: Config, output: Output, key: str, what: str
 ) -> tuple[list[dict], list[Told]]:
-    """(rows of the table, one raw and one cosine; tokens of every sample). ([row of None], []) where there are no pairs."""
+    """(rows of the table, one raw and one cosine; tokens of every sample). ([row of None], []) where there are no pairs.
+    The sums of the first pass, and each episode's tokens, are kept as parts `KEY-…` until all is done."""
     n = {c: sum(s.positive == c for s in chosen) for c in (True, False)}
     sizes = {"n_good": n[True], "n_bad": n[False]} | {f"{name}_{d}": sum(s.positive == c and s.domain == d for s in chosen) for d in gather.DOMAINS for name, c in (("good", True), ("bad", False))}
     head = plain(policy.model).get_output_embeddings()
@@ -180,12 +182,14 @@ def measure(
         blank = dict.fromkeys(("same", "cross", "gap", "low", "high", "dropped"))
         return [{"measure": m} | blank | sizes for m in ("raw", "cosine")], []
     rows = kept_rows(chosen, options.vocab, len(head.weight))
-    raw, unit = ({True: Pairs(), False: Pairs()} for _ in range(2))
-    crossing = {"raw": [0.0, 0], "cosine": [0.0, 0]}
-    sketches, told = [torch.empty(0)] * len(chosen), [None] * len(chosen)
-    dropped = whole = 0.0
     episodes = gather.clusters([s.unit for s in chosen])  # one after the other: only one episode's sums are kept at a time
-    with output.progress(what, 2 * len(chosen)) as step:
+
+    def all_sums():
+        """(sums of the classes, raw and of unit length; what crosses inside episodes; sketches; |g|^2 left out, and in all)"""
+        raw, unit = ({True: Pairs(), False: Pairs()} for _ in range(2))
+        crossing = {"raw": [0.0, 0], "cosine": [0.0, 0]}
+        sketches = [torch.empty(0)] * len(chosen)
+        dropped = whole = 0.0
         for places in episodes:
             mine, mine_unit = _episode_sums(), _episode_sums()
             for i in places:
@@ -201,12 +205,20 @@ def measure(
                     crossing[name][1] += own[True].n * own[False].n
                 for c in (True, False):
                     sums[c].close(own[c])
-        for places in episodes:
-            mine, state = _episode_sums(), {i: states(policy, chosen[i].sample, config) for i in places}
-            for i in places:
-                mine[chosen[i].positive].add(matrix(head, *state[i], rows)[0])
-            for i in places:
-                told[i] = tell(policy, head, chosen[i], *state[i], raw, mine, rows)
+        return raw, unit, crossing, sketches, dropped, whole
+
+    def tokens_of(places: Sequence[int]) -> list[Told]:
+        mine, state = _episode_sums(), {i: states(policy, chosen[i].sample, config) for i in places}
+        for i in places:
+            mine[chosen[i].positive].add(matrix(head, *state[i], rows)[0])
+        return [tell(policy, head, chosen[i], *state[i], raw, mine, rows) for i in places]
+
+    told: list[Told | None] = [None] * len(chosen)
+    with output.progress(what, 2 * len(chosen)) as step:
+        raw, unit, crossing, sketches, dropped, whole = output.part(f"{key}-sums", all_sums)
+        for number, places in enumerate(episodes):
+            for i, text in zip(places, output.part(f"{key}-tokens-{number}", partial(tokens_of, places)), strict=True):
+                told[i] = text
                 step()
     table, positive, units = torch.stack(sketches), [s.positive for s in chosen], [s.unit for s in chosen]
     weights = gather.resampled(units, options.bootstrap, config.seed)

@@ -23,7 +23,7 @@ from gcdlite.policy import Policy, make_packs
 from gcdlite.records import UserError
 
 
-def check(options: Options) -> None:
+def check(options: Options, config: Config) -> None:
     """Raises UserError for a step that moves nothing."""
     gather.two_levels(options.levels)
     if options.lr == 0 or options.nudge == 0:
@@ -35,7 +35,7 @@ def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, c
     levels = gather.two_levels(options.levels)
     summaries = []
     for stage in stages:
-        gather.enter(policy, stage)
+        gather.enter(policy, stage, output)
         episodes = gather.episodes_of(policy, pool, levels, config, options.games, output, stage)
         chosen = choose(policy, gather.specimens(episodes, options.classes, config), options.samples, config.seed)
         if len(chosen) < 2:
@@ -54,7 +54,7 @@ def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, c
         output.table(f"influence-{stage.key}", f"Pairwise influence, iteration {stage.iteration}", rows, note, show=0)
         draw_figure(f"influence-{stage.key}", table, chosen, note, stage, output)
         summaries += [{"iteration": stage.iteration} | row for row in summary(table, chosen, options.bootstrap, config.seed)]
-    note = "Mean change of the log-prob of an action by a step on another turn; low, high: ±1.96 bootstrap standard errors over the updated turns."
+    note = "Mean change of the log-prob of an action by a step on another turn; low, high: ±1.96 bootstrap standard errors over the updated turns' episodes."
     if summaries:
         output.table("influence", "Influence by kind of pair (new paper, Fig. 3)", summaries, note)
 
@@ -158,7 +158,7 @@ def summary(table: Tensor, chosen: Sequence[Specimen], times: int, seed: int) ->
     rows = []
     for kind, wanted in kinds.items():
         pairs = [(i, j) for i, a in enumerate(chosen) for j, b in enumerate(chosen) if i != j and wanted(a, b)]
-        value, low, high = gather.bootstrap_mean([table[i, j].item() for i, j in pairs], [i for i, _ in pairs], times, seed)
+        value, low, high = gather.bootstrap_mean([table[i, j].item() for i, j in pairs], [chosen[i].unit for i, _ in pairs], times, seed)
         rows.append({"pairs": kind, "mean": value, "low": low, "high": high, "n": len(pairs)})
     return rows
 

@@ -20,7 +20,7 @@ from gcdlite.envs.base import Pool
 from gcdlite.policy import Policy
 
 
-def check(options: Options) -> None:
+def check(options: Options, config: Config) -> None:
     """Raises UserError without two levels, or without GSM8K."""
     gather.two_levels(options.levels)
     qa.load("gsm8k", options.gsm8k)
@@ -29,7 +29,7 @@ def check(options: Options) -> None:
 def run(policy: Policy, pool: Pool | None, stages: Sequence[Stage], options: Options, config: Config, output: Output) -> None:
     """Cosine between prompts, by words (TF-IDF) and by mean hidden state, of the environment and of GSM8K."""
     stage = stages[-1]
-    gather.enter(policy, stage)
+    gather.enter(policy, stage, output)
     levels = gather.two_levels(options.levels)
 
     def texts() -> dict[str, list[tuple[int, list[int]]]]:
@@ -54,6 +54,7 @@ def run(policy: Policy, pool: Pool | None, stages: Sequence[Stage], options: Opt
         for kind, table in output.part(f"inputs-{stage.key}-{name}", measured).items():
             values[kind, name] = pairs = upper(table)
             low, high = gather.interval(pairs.mean().item(), mean_draws(table, gather.resampled(units, options.bootstrap, config.seed)))
+            low, high = (None if bound is None else max(-1.0, min(1.0, bound)) for bound in (low, high))
             five, middle, most = (torch.quantile(pairs, q).item() for q in (0.05, 0.5, 0.95))
             rows.append(
                 {"measure": kind, "data": name, "mean": pairs.mean().item(), "low": low, "high": high, "5_percent": five, "median": middle,

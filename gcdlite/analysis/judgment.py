@@ -31,7 +31,7 @@ PAPER = {
 }
 
 
-def check(options: Options) -> None:
+def check(options: Options, config: Config) -> None:
     """Raises UserError for classes that label no single turns, or without a level."""
     if options.classes == "episodes":
         raise UserError("--classes episodes: single turns are judged; give a labeller: oracle, rules")
@@ -43,39 +43,42 @@ def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, c
     """Table and figure of the accuracy at every stage."""
     rows = []
     for stage in stages:
-        gather.enter(policy, stage)
+        gather.enter(policy, stage, output)
         levels = {level: level for level in options.levels.split(",")}
         episodes = gather.episodes_of(policy, pool, levels, config, options.games, output, stage, config.eval.temperature)
         for level, played in episodes.items():
 
-            def judged(level=level, played=played) -> list[dict[str, Any]]:
-                with output.progress(f"iteration {stage.iteration}: judging {level}", 1) as step:
-                    found = measure(policy, played, options, config)
-                    step()
-                return found
-
-            measured = output.part(f"judgment-{stage.key}-{level}", judged)
-            paper = PAPER.get(config.env.name, {}).get(level, (None, None))
-            rows += [{"iteration": stage.iteration, "level": level} | r | {"paper_3B": paper[0], "paper_7B": paper[1]} for r in measured]
+            paper = PAPER.get(config.env.name, {}).get(level)
+            for row in measure(policy, played, options, config, output, f"{stage.key}-{level}"):
+                theirs = dict(zip(("paper_3B", "paper_7B"), [p / 100 for p in paper] if paper and row["class"] == "balanced" else (None, None)))
+                rows.append({"iteration": stage.iteration, "level": level} | row | theirs)
     note = (
         f"Accuracy of greedy verdicts on the policy's own turns, against {options.classes} labels, as many good as bad turns; a verdict that cannot be read is "
         "wrong. balanced: mean of the classes. Wilson 95 % intervals, combined by Newcombe's method; turns of one episode are treated as independent. rules: "
-        "the papers' labeller in the judge's place, on those of the same turns that it labels. Protocol "
-        + config.env.protocol
-        + "; the paper's numbers are percentages against its own labels."
+        "the papers' labeller in the judge's place, on those of the same turns that it labels. The paper's numbers are against its own labels."
     )
     output.table("judgment", "Judgment accuracy (new paper, Table 4)", rows, note)
     draw_figure(rows, note, output)
 
 
-def measure(policy: Policy, episodes: Sequence[Episode], options: Options, config: Config) -> list[dict[str, Any]]:
-    """Rows good, bad and balanced of one level: what the policy's value head says of the turns, or without one what it writes."""
+def measure(policy: Policy, episodes: Sequence[Episode], options: Options, config: Config, output: Output, key: str) -> list[dict[str, Any]]:
+    """Rows good, bad and balanced of one level: what the policy's value head says of the turns, or without one what it writes.
+    Verdicts are kept as parts, batch by batch."""
     labelled = label(episodes, options.classes, config.gcd.uninformative)
     targets = judging.select(labelled, [], 2 * options.samples, random.Random(config.seed))
     won = sum(e.won for e in episodes) / max(1, len(episodes))
-    judgments = judgments_of(policy, targets, won, config, torch.Generator().manual_seed(config.seed))
+    verdicts: list[int | None] = []
+    with output.progress(f"judging {key}", len(targets)) as step:
+        for start, some in gather.batches(targets, policy.rows):
+
+            def said(some=some) -> list[int | None]:
+                return [j.verdict for j in judgments_of(policy, some, won, config, torch.Generator())]  # greedily: nothing is drawn
+
+            verdicts += output.part(f"verdicts-{key}-{start}", said)
+            for _ in some:
+                step()
     rules = {id(t.turn): t.label for t in label(episodes, "rules", config.gcd.uninformative)}
-    return table_rows([(j.target.label, j.verdict) for j in judgments], [(t.label, rules[id(t.turn)]) for t in targets if id(t.turn) in rules])
+    return table_rows([(t.label, verdict) for t, verdict in zip(targets, verdicts, strict=True)], [(t.label, rules[id(t.turn)]) for t in targets if id(t.turn) in rules])
 
 
 def table_rows(verdicts: Sequence[tuple[int, int | None]], rules: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:

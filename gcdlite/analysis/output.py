@@ -7,6 +7,7 @@ the same on paper. Sample sizes and intervals stand in the caption, which is pri
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 import os
@@ -50,6 +51,7 @@ class Output:
         Raises UserError when the folder holds anything else, or cannot be written.
         """
         self.folder, self.about = folder, json.loads(json.dumps(about, default=str))
+        self.of = whose(self.about.get("settings"))
         self.console = Console(highlight=False)
         if not self.console.is_terminal:
             self.console.width = 160  # a file or a pipe has no edge to fold tables at
@@ -79,6 +81,11 @@ class Output:
         os.replace(scratch, file)
         return value
 
+    def same(self, key: str, mark: str) -> None:
+        """Remember what the parts of this name were made from. Raises UserError when it was something else."""
+        if self.part(f"from-{key}", lambda: mark) != mark:
+            raise UserError(f"{self.folder} holds parts of other weights of the same name (iteration {key}): name another folder with --out")
+
     def forget(self, prefix: str) -> None:
         """Delete the parts whose names begin so: what they were needed for is done."""
         for file in (self.folder / "parts").glob(f"{prefix}*.pt"):
@@ -95,7 +102,9 @@ class Output:
             yield lambda: bar.advance(task)
 
     def table(self, name: str, title: str, rows: Sequence[dict[str, Any]], note: str = "", show: int = 40) -> None:
-        """Write `name`.csv and `name`.json, and print the first `show` rows (0: none). All rows have the keys of the first."""
+        """Write `name`.csv and `name`.json, and print the first `show` rows (0: none). All rows have the keys of the first.
+        The note is made to end in the model, the environment and its protocol."""
+        note = f"{note} {self.of}".strip()
         columns = list(rows[0]) if rows else []
         with open(self.folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns)
@@ -118,6 +127,7 @@ class Output:
 
     def figure(self, name: str, figure: Figure, caption: str) -> None:
         """Write `name`.png and `name`.svg with the caption below, and the caption to `name`.txt."""
+        caption = f"{caption} {self.of}".strip()
         wide = int(figure.get_figwidth() * 17)  # characters of the caption's font that fit
         text = "\n".join(textwrap.wrap(" ".join(caption.split()), wide))
         figure.text(0.01, -0.02, text, va="top", ha="left", fontsize=8)
@@ -127,10 +137,26 @@ class Output:
         self.say(f"figure: {self.folder / name}.png, .svg")
 
 
+def whose(settings: dict[str, Any] | None) -> str:
+    """Whose figures these are, in a sentence; "" where no model was asked.
+
+    >>> whose({"model": {"name": "/here/nano"}, "env": {"name": "alfworld", "protocol": "single"}})
+    'Model: nano; alfworld, protocol single.'
+    """
+    return f"Model: {Path(settings['model']['name']).name}; {settings['env']['name']}, protocol {settings['env']['protocol']}." if settings else ""
+
+
+def digest(file: str | Path) -> str:
+    """A short name for a file's content."""
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()[:16]
+
+
 def open_output(name: str, options: Options, config: Config | None, folder: Path) -> Output:
     """The output folder, with what is measured, how, and by which command. Raises UserError when it is in use."""
     given = asdict(options)
     given.pop("at")  # more iterations may be added to what is there
+    given |= {f"{kind}_is": digest(file) for kind in ("math", "gsm8k") if (file := given[kind]) and Path(file).is_file()}
     return Output(
         folder, {"analysis": name, "options": given, "settings": config.model_dump() if config else None, "made_by": environment()}
     )

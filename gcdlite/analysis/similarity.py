@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Sequence
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -21,7 +20,6 @@ from gcdlite.analysis.gather import REFERENCE, Specimen, Stage
 from gcdlite.analysis.gradients import Summary, collect, inner, space
 from gcdlite.analysis.output import Output
 from gcdlite.config import Config
-from gcdlite.envs import qa
 from gcdlite.envs.base import Pool
 from gcdlite.policy import Policy
 from gcdlite.records import UserError
@@ -33,24 +31,22 @@ SPLITS = 50  # random halves, for the ceiling
 PAPER = {"math": (0.27, 0.19, 0.17, 0.26), "alfworld": (0.91, 0.90, 0.87, 0.89), "scienceworld": (0.80, 0.83, 0.74, 0.85)}
 
 
-def check(options: Options) -> None:
-    """Raises UserError for a data set that there is not, and for files that hold no questions."""
+def check(options: Options, config: Config) -> None:
+    """Raises UserError for a data set that there is not, for files that hold no questions, and for folders that do not go beside this."""
     names = options.sets.split(",")
     if unknown := [n for n in names if n not in ("env", "math", "gsm8k")]:
         raise UserError(f"--sets {options.sets}: {unknown[0]!r} is none of env, math, gsm8k (env is the environment of the settings)")
     gather.two_levels(options.levels)
-    for folder in options.beside:
-        finished(folder, options)
     for name in {"math", "gsm8k"} & set(names):
-        qa.load(name, getattr(options, name))
+        gather.by_domain(name, options, 0)
+    measured_before(options, config)
 
 
 def run(policy: Policy, pool: Pool | None, stages: Sequence[Stage], options: Options, config: Config, output: Output) -> None:
     """Table and figure of the cosines of every data set at every stage."""
-    sets = options.sets.split(",")
-    rows = []
+    sets, rows = options.sets.split(","), []
     for stage in stages:
-        gather.enter(policy, stage)
+        gather.enter(policy, stage, output)
         for name in sets:
             found = gather.with_references(specimens(policy, pool, name, options, config, output, stage), policy, pool, name, options, config, output)
             key = f"{stage.key}-{name}"
@@ -60,7 +56,8 @@ def run(policy: Policy, pool: Pool | None, stages: Sequence[Stage], options: Opt
             )
             output.forget(f"sums-{key}-")
             label = config.env.name if name == "env" else name
-            rows += [{"data": label} | stage.columns | row | {"paper_7B": paper(label, row["pair"])} for row in measured]
+            levels = options.levels if name == "env" else None
+            rows += [{"data": label, "levels": levels} | stage.columns | row | {"paper_7B": paper(label, row["pair"])} for row in measured]
     note = (
         f"Cosine of mean gradients with respect to {options.parameters}"
         + (f" (an estimate: mean of {DRAWS} random projections to rank {config.lora.r})" if options.parameters == "adapter" else "")
@@ -68,22 +65,42 @@ def run(policy: Policy, pool: Pool | None, stages: Sequence[Stage], options: Opt
         f"population would give, from {SPLITS} split halves. Sampled at temperature {config.rollout.temperature:g}. Positive: {meaning(options.classes)}; MATH and GSM8K: right answers."
         " source: who wrote a set's positives; reference: an expert, or the data set (off-policy). n: samples; units: episodes, or questions."
     )
-    rows = [*chain.from_iterable(finished(folder, options) for folder in options.beside), *rows]
+    rows = [*measured_before(options, config), *rows]
     output.table("similarity", "Gradient similarity (new paper, Table 1)", rows, note)
     draw_figure(rows, note, output)
 
 
-def finished(folder: str, options: Options) -> list[dict]:
+def measured_before(options: Options, config: Config) -> list[dict]:
+    """The rows of all folders that stand `--beside`. Raises UserError as `finished` does, and for data that would be there twice."""
+    rows: list[dict] = []
+    names = [config.env.name if name == "env" else name for name in options.sets.split(",")]
+    for folder in options.beside:
+        theirs = finished(folder, options, config)
+        more = list(dict.fromkeys(row["data"] for row in theirs))
+        if twice := next((name for name in more if name in names), None):
+            raise UserError(f"--beside {folder}: {twice} is measured twice, which one figure cannot tell apart: leave one of them out")
+        rows, names = rows + theirs, names + more
+    return rows
+
+
+def finished(folder: str, options: Options, config: Config) -> list[dict]:
     """The rows of a similarity that was measured before, to stand in one table with others. Raises UserError when there are none,
-    when they are of more than one state of a model, or of another kind than what is measured now."""
+    when they are of more than one state of a model, or of another kind, model or temperature than what is measured now."""
     file = Path(folder) / "similarity.json"
     if not file.is_file():
         raise UserError(f"--beside {folder}: there is no similarity.json; give the --out folders of finished similarity analyses")
     table = json.loads(file.read_text())
-    rows, theirs = table["rows"], table["about"]["options"]
+    rows, theirs, settings = table["rows"], table["about"]["options"], table["about"]["settings"]
     for field in ("parameters", "classes"):
         if theirs[field] != getattr(options, field):
             raise UserError(f"--beside {folder} was measured with --{field} {theirs[field]}, and this is with {getattr(options, field)}: they do not compare")
+    for field, was, here in (
+        ("model.name", settings["model"]["name"], config.model.name),
+        ("rollout.temperature", settings["rollout"]["temperature"], config.rollout.temperature),
+        ("env.protocol", settings["env"]["protocol"], config.env.protocol),
+    ):
+        if was != here:
+            raise UserError(f"--beside {folder} was measured with {field}={was}, and this is with {here}: they do not compare")
     if len({(row.get("run"), row["iteration"]) for row in rows}) != 1:
         raise UserError(f"--beside {folder}: it has several iterations or runs, which make a figure of their own")
     return rows
@@ -239,7 +256,8 @@ def draw_figure(rows: Sequence[dict], note: str, output: Output) -> None:
             ax.set_xlabel("training iteration")
             ax.set_xticks(iterations)
         panels[0][0].set_ylabel("cosine of mean gradients")
-        if panels[0][-1].containers:
-            panels[0][-1].legend(loc="upper left", bbox_to_anchor=(1, 1))
+        lines = {label: line for ax in panels[0] for line, label in zip(*ax.get_legend_handles_labels())}  # a panel may lack some
+        if lines:
+            panels[0][-1].legend(lines.values(), lines, loc="upper left", bbox_to_anchor=(1, 1))
         caption = caption.replace(" Short horizontal lines: ceiling.", " Ceilings: in the table.")
     output.figure("similarity", figure, caption)

@@ -26,7 +26,7 @@ def run(name: str, options: Options, config: Config, folder: Path) -> list[dict[
     if name == "similarity":
         module = "inputs" if options.inputs else "conflict" if options.conflict else name
     analysis = import_module(f"gcdlite.analysis.{module}")
-    analysis.check(options)
+    analysis.check(options, config)
     if "oracle" in options.classes or options.conflict and "oracle" in config.gcd.labeller:
         config.env.gold = True  # without its paths ScienceWorld's oracle would have no opinion
     stages = gather.stages(options.runs, options.at)

@@ -42,6 +42,8 @@ def monte_carlo(q: float, r: float, p: float, episodes: int, rng: np.random.Gene
     advantage = reward - reward.mean()
     joint = advantage * mistake
     those = advantage[mistake]
+    if len(those) < 2:  # hardly ever a mistake: what it costs cannot be told
+        return joint.mean(), joint.std(ddof=1) / math.sqrt(episodes), math.nan, math.nan
     return joint.mean(), joint.std(ddof=1) / math.sqrt(episodes), those.mean(), those.std(ddof=1) / math.sqrt(len(those))
 
 
