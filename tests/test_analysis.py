@@ -725,7 +725,7 @@ def test_influence_is_a_step_and_the_weights_come_back(policy, small_config, tmp
     assert table.abs().min() > 0
     one = [replace(s, unit=i // 2) for i, s in enumerate(found)]  # two turns of an episode depend on each other
     assert influence.summary(table, [replace(s, unit=0) for s in found], 20, 0)[0]["low"] is None
-    assert influence.summary(table, one, 20, 0)[5]["low"] != influence.summary(table, found, 20, 0)[5]["low"]
+    assert influence.summary(table, one, 20, 0)[1]["low"] != influence.summary(table, found, 20, 0)[1]["low"]
     rows = {r["pairs"]: r for r in influence.summary(table, found, 20, 0)}
     assert rows["same action"]["n"] == 2 and rows["same action"]["mean"] == pytest.approx((table[0, 2] + table[2, 0]).item() / 2)
     assert rows["good on bad"]["n"] == 4 and rows["good on good"]["mean"] == pytest.approx((table[1, 3] + table[3, 1]).item() / 2)
