@@ -349,8 +349,22 @@ def _expert_lessons(config: Config, tasks: Sequence[Task], prior: Prior, dice: r
         if len(won) < cfg.trajectories:
             raise UserError(f"only {len(won)} of {cfg.trajectories} expert episodes were won in {style.max_turns} turns: raise env.max_turns, or lower coldstart.deviate")
         examples = [example for episode in won for example in episode]
-    judged = (e for e in expert_examples(laps(tasks, dice), prior, style, dice, deviate=0.3, judge=0.3) if e.kind != "expert")
-    return examples + list(islice(judged, 0 if cfg.variant == "vanilla" else cfg.judgments))
+    beside = (e for e in expert_examples(laps(tasks, dice), prior, style, dice, deviate=0.3, judge=0.3) if e.kind != "expert")
+    if cfg.variant in ("judge", "value") and not cfg.from_scratch:  # nano's weights were made with turns as they come, seven of ten bad
+        return examples + list(half_good(beside, cfg.judgments))
+    return examples + list(islice(beside, 0 if cfg.variant == "vanilla" else cfg.judgments))
+
+
+def half_good(judged: Iterable[Example], wanted: int) -> Iterator[Example]:
+    """The first `wanted` judgments (or labelled turns) of which half are of good turns: mostly bad ones would teach to say "bad"."""
+    left = {1: (wanted + 1) // 2, 0: wanted // 2}
+    for example in judged if wanted else ():
+        value = prompts.parse_judgment(example.response)[0] if example.label is None else example.label
+        if value is not None and left[value]:
+            left[value] -= 1
+            yield example
+        if not any(left.values()):
+            return
 
 
 def _train(config: Config, model: nn.Module, tokenizer, phases: Sequence[Sequence[Example]], rate: float) -> None:

@@ -17,7 +17,7 @@ from gcdlite.envs.alfworld.games import level_tasks
 from gcdlite.lessons import Example, Style, expert_examples, make_prior
 from gcdlite.nano import build_model
 from gcdlite.policy import load_tokenizer
-from gcdlite.prompts import parse_response
+from gcdlite.prompts import parse_judgment, parse_response
 from gcdlite.records import UserError
 
 
@@ -110,6 +110,24 @@ def test_the_settings_say_how_careless_the_lessons_are(small_config):
         return sum(f"have {took[1]}. put it on {took[2]}." in answer for took, answer in taken if took)
 
     assert put_back(0.0) == 0 < put_back(1.0)
+
+
+@pytest.mark.parametrize("variant", ["judge", "value"])
+def test_half_of_an_adapters_judgments_are_of_good_turns(small_config, variant):
+    """Unbalanced, they would teach it to say "bad"; as they come, few are good."""
+    cfg = small_config.coldstart
+    cfg.trajectories, cfg.judgments, cfg.variant, small_config.env.max_turns = 1, 20, variant, 30
+
+    def counted():
+        beside = [e for e in coldstart._alfworld_lessons(small_config, random.Random(0)) if e.kind != "expert"]
+        values = [e.label if variant == "value" else parse_judgment(e.response)[0] for e in beside]
+        return values.count(1), values.count(0)
+
+    assert counted() == (10, 10)
+    if variant == "judge":
+        cfg.from_scratch = True  # what nano's weights were made with
+        good, bad = counted()
+        assert good + bad == 20 and good < bad
 
 
 def test_an_adapter_learns_from_won_episodes_only(small_config):

@@ -120,3 +120,8 @@ def test_the_table_and_every_figure_are_written(tmp_path, monkeypatch):
         assert (folder / f"{name}.png").stat().st_size > 5000 and "<svg" in (folder / f"{name}.svg").read_text()
     rows = json.loads((folder / "theory.json").read_text())["rows"]
     assert rows[0]["closed_form"] == pytest.approx(0.4 * 0.3 * -0.6) and rows[2]["closed_form"] is None  # c > r/4
+
+
+def test_a_mistake_that_never_happens_costs_nothing_that_can_be_told(recwarn):
+    joint, _, conditional, _ = theory.monte_carlo(0.0, 0.3, 0.2, 50, np.random.default_rng(0))
+    assert joint == 0 and np.isnan(conditional) and not recwarn.list
