@@ -582,7 +582,8 @@ def announce(config: Config, folder: Path, settings: str, games: str) -> None:
         "games": games + ("; for the real ones: alfworld-download, or set ALFWORLD_DATA" if games.endswith("generated") else ""),
         "method": config.algo.name
         + (f" + {judge}, labeller {config.gcd.labeller}" if config.gcd.enabled else "; --gcd adds the judgment task" if config.iterations else "")
-        + (f", suggestions by {config.gcd.suggest_by} every {config.gcd.suggest_every} iterations" if config.gcd.suggest else ""),
+        + (f", suggestions by {config.gcd.suggest_by} every {config.gcd.suggest_every} iterations" if config.gcd.suggest else "")
+        + (" (none: the run is shorter)" if config.gcd.suggest and config.gcd.suggest_every > config.iterations else ""),
         "size": f"{config.iterations} iterations of {config.rollout.groups} games x {config.rollout.group_size} episodes, seed {config.seed}"
         if config.iterations
         else f"evaluation only, without training; seed {config.seed}",

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 import run
-from gcdlite.config import Config, caveats, check, dump, load
+from gcdlite.config import Config, caveats, check, dump, find_config, load
 from gcdlite.runlog import read_lines
 from gcdlite.view import dashboard
 from gcdlite.view.dashboard import Dashboard, State, clock, closing_table, curve, evaluation_table, picture, plain_line, sparkline
@@ -413,6 +413,14 @@ def test_a_secret_typed_by_mistake_is_not_repeated(capsys, elsewhere):
                   ["api.base_url=https://sk-123456@host/v1"]):  # fmt: skip
         assert "sk-123456" not in refused(capsys, "--config", "nano", *words)
     assert left_behind(elsewhere) == []
+
+
+@pytest.mark.parametrize(("steps", "never"), [(2, True), (3, False)])
+def test_suggestions_that_will_not_come_are_told(steps, never, capsys):
+    config = load(find_config("nano"), ["gcd.enabled=true", "gcd.suggest=true", "gcd.suggest_every=3", f"steps={steps}"])
+    run.announce(config, Path("x"), "y", "z")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "suggestions by template every 3 iterations" in said and ("(none: the run is shorter)" in said) == never
 
 
 def test_a_narrow_terminal_keeps_the_names_of_levels():
