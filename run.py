@@ -70,8 +70,8 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add_settings(parser, "section.field=value")
 
 
-def add_settings(parser: argparse.ArgumentParser, form: str) -> None:
-    parser.add_argument("settings", nargs="*", default=[], metavar=form, help="any field of the settings")
+def add_settings(parser: argparse.ArgumentParser, form: str, text: str = "any field of the settings") -> None:
+    parser.add_argument("settings", nargs="*", default=[], metavar=form, help=text)
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +81,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 
 def add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="DIR", help="a run folder")
-    add_settings(parser, "eval.field=value")
+    add_settings(parser, "eval.field=value", "any field of eval.*; the others are the run's")
 
 
 def add_watch(parser: argparse.ArgumentParser) -> None:

@@ -277,7 +277,7 @@ class Coldstart(Section):
 class Config(Section):
     steps: Positive = Field(150, description="training iterations")
     seed: NonNegative = Field(0, description="seed of everything drawn at random")
-    out: str | None = Field(None, description="run folder; unset: runs/<environment>-<model>-<algorithm>-<time>")
+    out: str | None = Field(None, description="run folder; unset: runs/<environment>-<model>-<algorithm>-s<seed>-<time>")
     threads: NonNegative = Field(0, description="CPU threads; 0: all cores")
     env: Env = Field(default_factory=Env)
     model: Model = Field(default_factory=Model)

@@ -53,7 +53,7 @@ FLAGS = (
     ("--r", float, "X", ("theory",), "simulation: risk that it adds"),
     ("--delta", float, "X", ("theory",), "simulation: coupling between the two samples"),
     ("--push", float, "X", ("theory",), "simulation: constant push c from outside"),
-    ("--xi", float, "X", ("theory",), "Theorem A.1: benefit of the good action over the risk of the bad one"),
+    ("--xi", float, "X", ("theory",), "simulation: benefit of the good action over the risk of the bad one, as in Theorem A.1"),
 )  # fmt: skip
 
 
