@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from gcdlite import envs
 from gcdlite import train as loop
 from gcdlite.analysis import Options, gather, judgment
+from gcdlite.analysis.output import Output
 from gcdlite.evaluate import evaluate
 from gcdlite.gcd import value
 from gcdlite.gcd.judge import accuracy
@@ -148,7 +149,7 @@ def test_a_whole_run_with_a_value_head_resumes_as_if_it_had_never_stopped(head_c
     one, other = adapter_of(whole), adapter_of(parts)
     assert all(torch.equal(one[k], other[k]) for k in one)
     assert (whole / "adapter" / HEAD).read_bytes() == (parts / "adapter" / HEAD).read_bytes()
-    gather.enter(Policy(head_config), gather.stages([whole], "last")[0])  # analyses find such a run's adapter
+    gather.enter(Policy(head_config), gather.stages([whole], "last")[0], Output(tmp_path / "analysis", {}))  # analyses find such a run's adapter
 
 
 def test_a_run_with_a_value_head_is_never_called_gcd():
@@ -162,11 +163,12 @@ def test_an_analysis_asks_the_head_of_the_stage_it_looks_at(head_config, tmp_pat
     trained, policy = Policy(head_config), Policy(head_config)
     torch.nn.init.normal_(trained.value_head.weight)
     trained.save_adapter(tmp_path / "adapter")
-    gather.enter(policy, gather.Stage(3, tmp_path / "adapter"))
+    output = Output(tmp_path / "analysis", {})
+    gather.enter(policy, gather.Stage(3, tmp_path / "adapter"), output)
     assert torch.equal(policy.value_head.weight, trained.value_head.weight)
     targets = targets_of(random.Random(0), 12)
     monkeypatch.setattr(judgment, "label", lambda episodes, name, uninformative: targets)
     monkeypatch.setattr(judgment.judging, "judge", None)  # nothing is asked in words
-    rows = judgment.measure(policy, [], Options(samples=12), head_config)
+    rows = judgment.measure(policy, [], Options(samples=12), head_config, output, "k")
     said = accuracy(value.classify(trained, targets))
     assert rows[2]["n"] == 12 and rows[2]["accuracy"] == pytest.approx(said["balanced_accuracy"])
