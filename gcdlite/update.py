@@ -186,9 +186,10 @@ def _gradients(policy, samples, batch, reference, config: Config) -> tuple[dict[
 
 
 def _reference_logprobs(policy: Policy, samples: Sequence[Sample], config: Config) -> list[list[float]]:
-    """Log-probs of every response token under the frozen reference."""
+    """Log-probs of every response token under the frozen reference; none for a value head's samples, which take no KL."""
     with policy.reference():
-        return _logprobs(policy, samples, config)
+        rows = iter(_logprobs(policy, [s for s in samples if s.label is None], config))
+    return [next(rows) if s.label is None else [] for s in samples]
 
 
 @torch.no_grad()
