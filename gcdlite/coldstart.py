@@ -42,6 +42,7 @@ from gcdlite.records import Task, UserError
 MADE = "made.json"  # how weights were made, in their folder
 ORDERS = 4  # commands at a time that ScienceWorld's random play obeys
 SHORT_LIST = 6  # commands listed in nano's first lessons
+TRIES, LISTS = 5, 50  # random starts of nano's base, and the lists by which is judged whether one has learned to copy
 WARMUP = 20  # optimizer steps, of an adapter's cold start; in short ones a quarter of it, or they would end before the full rate
 
 
@@ -92,8 +93,7 @@ def from_scratch(config: Config, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(resolve(cfg.start), dtype=torch.float32)
     else:
         tokenizer = build_tokenizer((e.prompt + e.response for e in material.texts), cfg.vocabulary)
-        model = build_model(tokenizer, config.seed, hidden=cfg.hidden, layers=cfg.layers)
-        _train(config, model, tokenizer, material.phases, 1.0)
+        model = base(config, tokenizer, material.phases)
         model.save_pretrained(folder / "base")
         tokenizer.save_pretrained(folder / "base")
     lessons = material.lessons(lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]))
@@ -104,6 +104,37 @@ def from_scratch(config: Config, folder: Path) -> None:
     made = _made(config, started) | {"parameters": sum(p.numel() for p in model.parameters())}
     (target / MADE).write_text(json.dumps(made, indent=1) + "\n")
     print(f"model: {target}")
+
+
+def base(config: Config, tokenizer, phases: Sequence[Sequence[Example]]) -> nn.Module:
+    """A new model after base training. From some starts a small model does not find out in its lists how to copy (LOG.md), and what
+    comes after is wasted then: so a model that has not after the first phase is given up for one with other random weights."""
+    cfg = config.coldstart
+    lists = phases[0][:LISTS] if config.env.name == "alfworld" and cfg.lists >= 1000 else []  # fewer teach nobody
+    for attempt in range(TRIES):
+        model = build_model(tokenizer, config.seed + 1000 * attempt, hidden=cfg.hidden, layers=cfg.layers)
+        found: list[float] = []
+
+        def go_on(model=model, found=found) -> bool:
+            found.append(copied(model, tokenizer, lists))
+            return found[0] > 0.5
+
+        _train(config, model, tokenizer, phases, 1.0, go_on if lists else None)
+        if not lists or found[0] > 0.5:
+            return model
+        print(f"the lists taught no copying (probability {found[0]:.2f} of the right number): starting again from other random weights", flush=True)
+    raise UserError(f"{TRIES} models did not learn to copy from lists: take another seed, or more coldstart.lists")
+
+
+@torch.no_grad()
+def copied(model: nn.Module, tokenizer, lists: Sequence[Example]) -> float:
+    """The mean probability of the numbers in the lists' answers, each of which stands in its list's prompt."""
+    shares = []
+    for example in lists:
+        ids, begin = encode(tokenizer, example)
+        likely = model(torch.tensor([ids], device=next(model.parameters()).device)).logits[0].softmax(-1)
+        shares += [likely[k - 1, ids[k]].item() for k in range(begin, len(ids)) if tokenizer.decode([ids[k]]).strip().isdigit()]
+    return sum(shares) / len(shares)
 
 
 @dataclass
@@ -367,12 +398,14 @@ def half_good(judged: Iterable[Example], wanted: int) -> Iterator[Example]:
             return
 
 
-def _train(config: Config, model: nn.Module, tokenizer, phases: Sequence[Sequence[Example]], rate: float) -> None:
+def _train(
+    config: Config, model: nn.Module, tokenizer, phases: Sequence[Sequence[Example]], rate: float, go_on: Callable[[], bool] | None = None
+) -> None:
     rows = [[encode(tokenizer, e) for e in phase] for phase in phases if phase]
     print(f"nano: {sum(len(phase) for phase in rows):,} examples, {sum(len(r) for phase in rows for r, _ in phase):,} tokens", flush=True)
     fit(
         model, rows, lr=config.coldstart.scratch_lr * rate, batch_tokens=config.coldstart.batch_tokens, prompt_weight=0.2, warmup=50,
-        pad=tokenizer.pad_token_id, seed=config.seed, muon=config.coldstart.muon_lr * rate, report=_report,
+        pad=tokenizer.pad_token_id, seed=config.seed, muon=config.coldstart.muon_lr * rate, report=_report, go_on=go_on,
     )  # fmt: skip
 
 
@@ -410,6 +443,7 @@ def fit(
     floor: float = 0.05,
     muon: float | None = None,
     report: Callable[[int, int, float, float], None] | None = None,
+    go_on: Callable[[], bool] | None = None,
 ) -> None:
     """Supervised training on (ids, start of the response) rows; warm-up, then cosine to `floor` of the learning rates.
 
@@ -418,10 +452,12 @@ def fit(
 
     Phases follow one another under one schedule; inside a phase the order is random, in batches of like lengths.
     The loss is the mean over response tokens plus `prompt_weight` times the mean over prompt tokens.
+    `go_on` is asked after the first phase; when it says no, training ends there.
     """
     dice = random.Random(seed)
     device = next(model.parameters()).device
-    batches = [[rows[k] for k in batch] for rows in phases for batch in _batches(rows, batch_tokens, dice)]
+    grouped = [[[rows[k] for k in batch] for batch in _batches(rows, batch_tokens, dice)] for rows in phases]
+    batches = [batch for some in grouped for batch in some]
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizers = _optimizers(model, lr, muon)
     causal = plain(model)
@@ -457,6 +493,11 @@ def fit(
         tokens += int(inside.sum())
         if report and (step % 50 == 0 or step == total - 1):
             report(step, total, loss.item(), tokens / (time.perf_counter() - start))
+        if go_on and step + 1 == len(grouped[0]):
+            model.eval()
+            if not go_on():
+                return
+            model.train()
     model.eval()
 
 

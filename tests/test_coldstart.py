@@ -178,3 +178,42 @@ def test_a_short_cold_start_does_not_end_in_its_warm_up(small_config, tmp_path, 
         coldstart.main(small_config, tmp_path / str(cfg.epochs))
     (few, short), (many, full) = seen
     assert 4 <= few < 80 < many and 1 <= short <= few / 4 and full == 20
+
+
+def test_a_base_that_does_not_learn_to_copy_is_given_up_for_another(small_config, small_model, monkeypatch, capsys):
+    """The first phase alone is trained then; all that follows would be wasted."""
+    small_config.coldstart.lists, small_config.coldstart.hidden, small_config.coldstart.layers = 1000, 32, 1
+    tokenizer = load_tokenizer(small_model)
+    lists = [Example(f"Now: a mug {k}.", f"a mug {k}.", "random") for k in range(1, 9)]
+    phases, found, seeds, steps = [lists, lists * 3], [0.2, 0.9], [], []
+    build = coldstart.build_model
+    monkeypatch.setattr(coldstart, "copied", lambda model, tokenizer, some: found.pop(0))
+    monkeypatch.setattr(coldstart, "build_model", lambda tokenizer, seed, **shape: seeds.append(seed) or build(tokenizer, seed, **shape))
+    monkeypatch.setattr(coldstart, "_report", lambda step, total, *_: steps.append((step + 1, total)))
+    small_config.coldstart.batch_tokens = 40
+    model = coldstart.base(small_config, tokenizer, phases)
+    assert seeds == [0, 1000] and not found and not model.training
+    assert steps.count((1, steps[0][1])) == 2 and steps[-1][0] == steps[-1][1] and len(steps) == 3  # the first one never came to its end
+    assert "taught no copying (probability 0.20" in capsys.readouterr().out
+    found += [0.1] * 5
+    with pytest.raises(UserError, match="5 models did not learn to copy"):
+        coldstart.base(small_config, tokenizer, phases)
+
+
+def test_copying_is_measured_on_the_numbers_of_the_answers(small_model):
+    tokenizer = load_tokenizer(small_model)
+    lists = [Example("Now: a mug 3.", "a mug 3.", "random")]
+
+    class Knows(torch.nn.Module):
+        def __init__(self, right: bool):
+            super().__init__()
+            self.right, self.weight = right, torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, ids):
+            logits = torch.zeros(1, ids.shape[1], len(tokenizer))
+            if self.right:
+                logits[0, torch.arange(ids.shape[1] - 1), ids[0, 1:]] = 50.0
+            return type("Out", (), {"logits": logits})
+
+    assert coldstart.copied(Knows(True), tokenizer, lists) == pytest.approx(1.0)
+    assert coldstart.copied(Knows(False), tokenizer, lists) == pytest.approx(1 / len(tokenizer))
