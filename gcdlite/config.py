@@ -315,8 +315,19 @@ class Config(Section):
 def ingredients(config: Config) -> dict[str, Any]:
     """What else than `coldstart.*` makes a cold start's weights what they are, by full names: games, prompts, the adapter's form."""
     env = config.env.model_dump(exclude={"name", "engine", "workers", "timeout", "jvms", "gold"})
-    parts = {"env": env, "model": {"prompt": config.model.prompt}, "lora": config.lora.model_dump()}
-    return {f"{section}.{key}": value for section, values in parts.items() for key, value in values.items()}
+    return flat({"env": env, "model": {"prompt": config.model.prompt}, "lora": config.lora.model_dump()})
+
+
+def flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings by their full names.
+
+    >>> flat({"seed": 1, "env": {"name": "alfworld"}})
+    {'seed': 1, 'env.name': 'alfworld'}
+    """
+    out: dict[str, Any] = {}
+    for name, value in settings.items():
+        out |= {f"{name}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {name: value}
+    return out
 
 
 def caveats(config: Config) -> list[str]:
@@ -407,7 +418,7 @@ def flags_of(config: Config) -> str:
     """The flags that choose these settings' environment and model again: `--env NAME --config NAME`, or `--model` where no shipped config has it.
 
     >>> flags_of(Config())
-    '--env alfworld --config qwen2.5-1.5b'
+    '--env alfworld --config nano'
     """
     shipped = next((p.stem for p in sorted(CONFIG_DIR.glob("*.yaml")) if load(p).model.name == config.model.name), None)
     return f"--env {config.env.name} " + (f"--config {shipped}" if shipped else f"--model {config.model.name}")

@@ -26,7 +26,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 
-from gcdlite.config import CONFIG_DIR, Config, absolute, caveats, find_config, ingredients, load, nearest, read_yaml, threads
+from gcdlite.config import CONFIG_DIR, Config, absolute, caveats, find_config, flat, ingredients, load, nearest, read_yaml, threads
 from gcdlite.records import UserError
 from gcdlite.runlog import RunLog
 
@@ -270,10 +270,8 @@ def check(recipe: Recipe, root: Path) -> list[Run]:
 
 def _flat(config: Config) -> dict[str, Any]:
     """Settings that make a run what it is, by their full name."""
-    flat: dict[str, Any] = {}
-    for name, value in config.model_dump(exclude={"out": True, "threads": True, "coldstart": True, "eval": {"before"}}).items():
-        flat |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
-    return flat | {key: movable(flat[key]) for key in ("model.name", "model.adapter")}
+    settings = flat(config.model_dump(exclude={"out": True, "threads": True, "coldstart": True, "eval": {"before"}}))
+    return settings | {key: movable(settings[key]) for key in ("model.name", "model.adapter")}
 
 
 def movable(weights: str | None) -> str | None:

@@ -15,10 +15,10 @@ from typing import Any
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from gcdlite.config import Config
+from gcdlite.config import Config, flat
 from gcdlite.records import UserError
 from gcdlite.runlog import read_lines
-from gcdlite.view.dashboard import closing_table, evaluation_table, method, picture, state_of
+from gcdlite.view.dashboard import State, closing_table, evaluation_table, method, picture, state_of
 from gcdlite.view.transcript import outcome, turn_text
 
 WIDTH, PICTURE_ROWS = 118, 28  # in characters
@@ -31,10 +31,11 @@ svg {{ max-width: 100%; height: auto }}</style>
 
 def write(run: Path, file: Path, curves: str = "") -> None:
     """Write the page of a run folder; `curves` is an SVG drawing. Raises UserError for a folder that is no run, or a file that cannot be written."""
-    config = state_of(run).config
+    state = state_of(run)
+    config = state.config
     title = html.escape(f"{config.env.name}, {Path(config.model.name).name}, {method(config)}, seed {config.seed}")
     body = [HEAD.format(title=title)]
-    for name, shown in sections(run, config):
+    for name, shown in sections(run, state):
         body.append(f"<h2>{name}</h2>\n{as_html(shown)}\n")
         if name == "Results" and curves:
             body.append(f"<h2>Curves</h2>\n{curves[curves.index('<svg') :]}\n")
@@ -45,10 +46,9 @@ def write(run: Path, file: Path, curves: str = "") -> None:
         raise UserError(f"cannot write {file}: {error.strerror}; name another folder with --out") from None
 
 
-def sections(run: Path, config: Config) -> Iterator[tuple[str, RenderableType]]:
+def sections(run: Path, state: State) -> Iterator[tuple[str, RenderableType]]:
     """(heading, what stands below it): only of what the run folder holds."""
-    state = state_of(run)
-    yield "Results", results(run, config)
+    yield "Results", results(run, state)
     if state.train:
         yield "The last iteration", picture(state, WIDTH, PICTURE_ROWS, None)
     if versions := read_lines(run / "suggestions.jsonl"):
@@ -57,12 +57,12 @@ def sections(run: Path, config: Config) -> Iterator[tuple[str, RenderableType]]:
     for won, name in ((True, "A won episode"), (False, "A lost episode")):
         if record := next((r for r in reversed(records) if r["won"] == won and not r["error"]), None):
             yield f"{name} ({record['phase']}, iteration {record['iteration']})", episode(record)
-    yield "What made it", origin(run, config)
+    yield "What made it", origin(run, state.config)
 
 
-def results(run: Path, config: Config) -> RenderableType:
+def results(run: Path, state: State) -> RenderableType:
     """The closing table of a finished run; of another how far it came, and its last evaluation."""
-    state = state_of(run)
+    config = state.config
     if state.done >= config.iterations and (run / "summary.json").is_file():  # a run that goes on with more steps still has its old one
         return closing_table(read(run / "summary.json"))
     text = Text(f"not finished: {state.done} of {config.iterations} iterations", "bold")
@@ -89,17 +89,6 @@ def origin(run: Path, config: Config) -> RenderableType:
     lines += ["", "settings that are not the defaults:"]
     lines += [f"{name}={value}" for name, value in flat(config.model_dump()).items() if value != usual.get(name)]
     return Text("\n".join(lines))
-
-
-def flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """
-    >>> flat({"seed": 1, "env": {"name": "alfworld"}})
-    {'seed': 1, 'env.name': 'alfworld'}
-    """
-    out: dict[str, Any] = {}
-    for name, value in settings.items():
-        out |= {f"{name}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {name: value}
-    return out
 
 
 def as_html(shown: RenderableType) -> str:
