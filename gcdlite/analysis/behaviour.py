@@ -120,28 +120,24 @@ def ask_again(
     dice = random.Random(config.seed)
     chosen = {kind: dice.sample(some, min(options.turns, len(some))) for kind, some in kinds.items()}
     found: dict[str, list[tuple[int, float]]] = {}
-    with output.progress(f"iteration {stage.iteration}: asking again", sum(map(len, chosen.values()))) as step:
-        for kind, some in chosen.items():
-            found[kind] = []
-            for start, batch in gather.batches(some, max(1, policy.rows // options.resamples)):
+    for kind, some in chosen.items():
 
-                def shares(batch=batch, rng=gather.batch_rng(config.seed, kind, start)) -> list[float]:
-                    done = policy.generate(
-                        [turn.prompt_ids for _, turn in batch for _ in range(options.resamples)],
-                        max_new_tokens=config.rollout.max_new_tokens,
-                        temperature=config.rollout.temperature,
-                        rng=rng,
-                    )
-                    actions = [prompts.parse_response(policy.decode(d.ids))[0] or HARMLESS for d in done]
-                    return [
-                        sum(a == turn.action for a in actions[k * options.resamples : (k + 1) * options.resamples]) / options.resamples
-                        for k, (_, turn) in enumerate(batch)
-                    ]
+        def shares(start: int, batch: Sequence[tuple[int, Turn]], kind=kind) -> list[float]:
+            done = policy.generate(
+                [turn.prompt_ids for _, turn in batch for _ in range(options.resamples)],
+                max_new_tokens=config.rollout.max_new_tokens,
+                temperature=config.rollout.temperature,
+                rng=gather.batch_rng(config.seed, kind, start),
+            )
+            actions = [prompts.parse_response(policy.decode(d.ids))[0] or HARMLESS for d in done]
+            return [
+                sum(a == turn.action for a in actions[k * options.resamples : (k + 1) * options.resamples]) / options.resamples
+                for k, (_, turn) in enumerate(batch)
+            ]
 
-                equal = output.part(f"consistency-{stage.key}-{kind}-{start}", shares)
-                for (i, _), value in zip(batch, equal, strict=True):
-                    found[kind].append((i, value))
-                    step()
+        what, at_once = f"iteration {stage.iteration}: asking again, {kind} turns", max(1, policy.rows // options.resamples)
+        equal = output.in_batches(what, f"consistency-{stage.key}-{kind}", some, at_once, shares)
+        found[kind] = [(i, value) for (i, _), value in zip(some, equal, strict=True)]
     return found
 
 

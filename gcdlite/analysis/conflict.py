@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ from gcdlite.gcd.labels import label
 from gcdlite.gcd.votes import voters
 from gcdlite.packing import logprobs
 from gcdlite.policy import Policy, make_packs
-from gcdlite.records import LabelledTurn, Sample, UserError
+from gcdlite.records import Group, LabelledTurn, Sample, Task, UserError
 from gcdlite.rollout import collect as play_groups
 
 ALGORITHMS = ("grpo", "rloo", "gigpo", "rlvmr")
@@ -80,13 +79,12 @@ def material(
     dice = random.Random(config.seed)
     tasks = pool.tasks("train")
     games = dice.sample(tasks, min(config.rollout.groups, len(tasks)))
-    groups = []
-    with output.progress(f"iteration {stage.iteration}: playing groups", len(games)) as step:
-        for start, some in gather.batches(games, max(1, policy.rows // config.rollout.group_size)):
-            play_some = partial(play_groups, policy, pool, some, config, gather.batch_rng(config.seed, "groups", start))
-            groups += output.part(f"conflict-{stage.key}-groups-{start}", play_some)[0]
-            for _ in some:
-                step()
+
+    def play_some(start: int, some: Sequence[Task]) -> list[Group]:
+        return play_groups(policy, pool, some, config, gather.batch_rng(config.seed, "groups", start))[0]
+
+    what, at_once = f"iteration {stage.iteration}: playing groups", max(1, policy.rows // config.rollout.group_size)
+    groups = output.in_batches(what, f"conflict-{stage.key}-groups", games, at_once, play_some)
     episodes = advantages.all_episodes(groups)
     won = sum(e.won for e in episodes) / max(1, len(episodes))
     name, cost = config.algo.name, (config.reward.success * config.reward.malformed, config.reward.success * config.reward.inadmissible)
@@ -96,22 +94,16 @@ def material(
     samples = [samples[i] for i in sorted(dice.sample(range(len(samples)), min(2 * options.samples, len(samples))))]
     targets = judging.select(label(episodes, labeller, config.gcd.uninformative), [], 2 * options.samples, dice)
     size = config.gcd.group_size
-    written: list[Sample] = []
-    with output.progress(f"iteration {stage.iteration}: judging", len(targets)) as step:
-        for start, some in gather.batches(targets, max(1, policy.rows // size)):
 
-            def judged(some=some, rng=gather.batch_rng(config.seed, "judgments", start)) -> list[Sample]:
-                return judging.judgment_samples(
-                    judging.judge(
-                        policy, some, group_size=size, success_rate=won, style=config.model.prompt,
-                        max_new_tokens=config.gcd.max_new_tokens, temperature=config.rollout.temperature, rng=rng,
-                    ), size,
-                )  # fmt: skip
+    def judged(start: int, some: Sequence[LabelledTurn]) -> list[Sample]:
+        judgments = judging.judge(
+            policy, some, group_size=size, success_rate=won, style=config.model.prompt, max_new_tokens=config.gcd.max_new_tokens,
+            temperature=config.rollout.temperature, rng=gather.batch_rng(config.seed, "judgments", start),
+        )  # fmt: skip
+        return [replace(s, unit=s.unit + start) for s in judging.judgment_samples(judgments, size)]  # units count on from batch to batch
 
-            for sample in output.part(f"conflict-{stage.key}-judgments-{start}", judged):
-                written.append(replace(sample, unit=sample.unit + start))  # units count on from batch to batch
-            for _ in some:
-                step()
+    what = f"iteration {stage.iteration}: judging"
+    written = output.in_batches(what, f"conflict-{stage.key}-judgments", targets, max(1, policy.rows // size), judged)
     return samples, [(t, written[i * size : (i + 1) * size]) for i, t in enumerate(targets)]
 
 

@@ -11,10 +11,9 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -30,11 +29,10 @@ from gcdlite.evaluate import wilson
 from gcdlite.gcd.labels import LABELLERS, label
 from gcdlite.lessons import Example
 from gcdlite.policy import Policy, resolve
-from gcdlite.records import Episode, Sample, UserError
+from gcdlite.records import Episode, Sample, Task, UserError
 from gcdlite.rollout import play, sound
 from gcdlite.runlog import read_lines
 
-T = TypeVar("T")
 DOMAINS = ("ID", "OOD")
 EPISODES = 4  # fewest won episodes that make a set of positives, where experts' may stand in their place
 SAMPLED, REFERENCE = "sampled", "reference"  # who wrote a specimen: the policy, or an expert or a data set
@@ -168,19 +166,13 @@ def episodes_of(
     heat = config.rollout.temperature if temperature is None else temperature
     played: dict[str, list[Episode]] = {}
     for domain, name in levels.items():
-        tasks, played[domain] = stratified(pool.tasks(name), games), []
-        with output.progress(f"iteration {stage.iteration}: playing {name}", len(tasks)) as step:
-            for start, some in batches(tasks, policy.rows):
-                play_some = partial(play, policy, pool, some, config, batch_rng(config.seed, name, start), heat)
-                played[domain] += sound(output.part(f"episodes-{stage.key}-{name}-{start}", play_some))
-                for _ in some:
-                    step()
+
+        def play_some(start: int, some: Sequence[Task], name=name) -> list[Episode]:
+            return play(policy, pool, some, config, batch_rng(config.seed, name, start), heat)
+
+        tasks, what = stratified(pool.tasks(name), games), f"iteration {stage.iteration}: playing {name}"
+        played[domain] = sound(output.in_batches(what, f"episodes-{stage.key}-{name}", tasks, policy.rows, play_some))
     return played
-
-
-def batches(items: Sequence[T], size: int) -> Iterator[tuple[int, Sequence[T]]]:
-    """(where it begins, its members) of each."""
-    return ((start, items[start : start + size]) for start in range(0, len(items), size))
 
 
 def batch_rng(seed: int, name: str, start: int) -> torch.Generator:
@@ -242,13 +234,7 @@ def answers(policy: Policy, name: str, options: Options, config: Config, output:
             found.append(Specimen(sample, right, domain, start + k))
         return found
 
-    answered: list[Specimen] = []
-    with output.progress(f"iteration {stage.iteration}: answering {name}", len(chosen)) as step:
-        for start, some in batches(chosen, policy.rows):
-            answered += output.part(f"answers-{stage.key}-{name}-{start}", partial(ask, start, some))
-            for _ in some:
-                step()
-    return answered
+    return output.in_batches(f"iteration {stage.iteration}: answering {name}", f"answers-{stage.key}-{name}", chosen, policy.rows, ask)
 
 
 def with_references(

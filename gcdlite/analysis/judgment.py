@@ -22,7 +22,7 @@ from gcdlite.evaluate import judgments_of, wilson
 from gcdlite.gcd import judge as judging
 from gcdlite.gcd.labels import label
 from gcdlite.policy import Policy
-from gcdlite.records import Episode, UserError
+from gcdlite.records import Episode, LabelledTurn, UserError
 
 # New paper, Table 4, in percent: (3B, 7B) on L0, L1, L2
 PAPER = {
@@ -67,16 +67,11 @@ def measure(policy: Policy, episodes: Sequence[Episode], options: Options, confi
     labelled = label(episodes, options.classes, config.gcd.uninformative)
     targets = judging.select(labelled, [], 2 * options.samples, random.Random(config.seed))
     won = sum(e.won for e in episodes) / max(1, len(episodes))
-    verdicts: list[int | None] = []
-    with output.progress(f"judging {key}", len(targets)) as step:
-        for start, some in gather.batches(targets, policy.rows):
 
-            def said(some=some) -> list[int | None]:
-                return [j.verdict for j in judgments_of(policy, some, won, config, torch.Generator())]  # greedily: nothing is drawn
+    def said(start: int, some: Sequence[LabelledTurn]) -> list[int | None]:
+        return [j.verdict for j in judgments_of(policy, some, won, config, torch.Generator())]  # greedily: nothing is drawn
 
-            verdicts += output.part(f"verdicts-{key}-{start}", said)
-            for _ in some:
-                step()
+    verdicts = output.in_batches(f"judging {key}", f"verdicts-{key}", targets, policy.rows, said)
     rules = {id(t.turn): t.label for t in label(episodes, "rules", config.gcd.uninformative)}
     return table_rows([(t.label, verdict) for t, verdict in zip(targets, verdicts, strict=True)], [(t.label, rules[id(t.turn)]) for t in targets if id(t.turn) in rules])
 

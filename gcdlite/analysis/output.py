@@ -16,8 +16,9 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
 import torch
@@ -31,6 +32,8 @@ from gcdlite.analysis import Options
 from gcdlite.config import Config
 from gcdlite.records import UserError
 from gcdlite.runlog import environment
+
+T, R = TypeVar("T"), TypeVar("R")
 
 # (grey level, line style, marker, hatch) of the first, second … series of a figure
 LOOKS = (("0.0", "-", "o", ""), ("0.55", "--", "s", "////"), ("0.3", ":", "^", "...."), ("0.7", "-.", "D", "xxxx"))
@@ -100,6 +103,18 @@ class Output:
         with Progress(console=Console(file=sys.stderr), transient=False) as bar:
             task = bar.add_task(what, total=total)
             yield lambda: bar.advance(task)
+
+    def in_batches(self, what: str, key: str, items: Sequence[T], size: int, work: Callable[[int, Sequence[T]], list[R]]) -> list[R]:
+        """What `work(place of its first item, its items)` makes of each batch of `size` items, one after another. Each batch is
+        kept as a part, so that nothing but a begun one is lost; a bar counts the items."""
+        done: list[R] = []
+        with self.progress(what, len(items)) as step:
+            for start in range(0, len(items), size):
+                some = items[start : start + size]
+                done += self.part(f"{key}-{start}", partial(work, start, some))
+                for _ in some:
+                    step()
+        return done
 
     def table(self, name: str, title: str, rows: Sequence[dict[str, Any]], note: str = "", show: int = 40) -> None:
         """Write `name`.csv and `name`.json, and print the first `show` rows (0: none). All rows have the keys of the first.
