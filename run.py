@@ -99,7 +99,9 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
 
 def add_sweep(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of one in configs/recipes")
-    parser.add_argument("--out", metavar="DIR", help="where the runs and the tables go (default: runs/sweep-NAME, or the folder that the recipe names)")
+    parser.add_argument(
+        "--out", metavar="DIR", help="where the runs and the tables go (default: runs/sweep-NAME, or the folder that the recipe names)"
+    )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs side by side, which share the cores (default: %(default)s)")
     parser.add_argument("--list", action="store_true", help="only say what is finished, begun or not run")
     parser.add_argument("--table", action="store_true", help="only make the tables of what is finished")
@@ -107,7 +109,9 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
 
 def add_labels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="RUN_OR_CONFIG", help="a run folder (its newest adapter plays), or a config (its model plays)")
-    parser.add_argument("--labellers", metavar="LIST", help="names, or several joined by +, with commas between (default: all that can be asked here)")
+    parser.add_argument(
+        "--labellers", metavar="LIST", help="names, or several joined by +, with commas between (default: all that can be asked here)"
+    )
     parser.add_argument("--level", default="train", metavar="NAME", help="train, L0, L1, L2 or L2s (default: %(default)s)")
     parser.add_argument("--games", type=int, default=64, metavar="N", help="games to play, stratified by type; 0: all (default: %(default)s)")
     parser.add_argument("--turns", type=int, default=200, metavar="N", help="turns that api and self are asked about (default: %(default)s)")
@@ -226,7 +230,13 @@ def evaluate(args: argparse.Namespace, faults: list[str]) -> int:
         fit(policy)
         for level in config.eval.levels:
             metrics |= measure(policy, pool, level, config)[0]
-    record = {"adapter": which, "time": round(time.time(), 3), "environment": config.env.model_dump(), "settings": config.eval.model_dump(), "note": note}
+    record = {
+        "adapter": which,
+        "time": round(time.time(), 3),
+        "environment": config.env.model_dump(),
+        "settings": config.eval.model_dump(),
+        "note": note,
+    }
     record |= metrics
     with open(folder / "eval.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
@@ -500,11 +510,7 @@ def chosen(args: argparse.Namespace, faults: list[str]) -> tuple[Path, Config, s
 def resumed(args: argparse.Namespace, faults: list[str]) -> tuple[Path, Config, str]:
     """(run folder, settings, why these) of a run to go on with. Any other change would make it another run: UserError."""
     folder = Path(args.resume)
-    fixed = [
-        f"{option} cannot change in a run that goes on"
-        for option, name, *_ in RUN_FLAGS
-        if name != "steps" and getattr(args, name) is not None
-    ]
+    fixed = [f"{option} cannot change in a run that goes on" for option, name, *_ in RUN_FLAGS if name != "steps" and getattr(args, name) is not None]
     config = of_run(folder, args.settings, [*faults, *fixed], {"steps": args.steps}, free=("eval.", "threads", *API_WAYS))
 
     from gcdlite import checkpoint, runlog

@@ -40,9 +40,7 @@ def generate(model, prompts: list[list[int]], limit: int, stop: list[int], rows:
 
 def ours(model, prompts: list[list[int]], limit: int, stop: list[int], rows: int, seed: int) -> int:
     rng = torch.Generator().manual_seed(seed)
-    completions = sample(
-        model, prompts, max_new_tokens=limit, temperature=1.0, stop_ids=stop, rng=rng, max_rows=rows
-    )
+    completions = sample(model, prompts, max_new_tokens=limit, temperature=1.0, stop_ids=stop, rng=rng, max_rows=rows)
     return sum(len(c.ids) for c in completions)
 
 

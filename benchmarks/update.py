@@ -52,9 +52,7 @@ def padded(model, samples: list[Sample], rows: int) -> None:
         ids, mask = torch.tensor(ids), torch.tensor(mask)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         # Without padding, no mask: the library then takes its faster causal kernel.
-        logits = model(
-            ids, attention_mask=None if mask.all() else mask, position_ids=positions, logits_to_keep=response + 1
-        ).logits[:, :-1]
+        logits = model(ids, attention_mask=None if mask.all() else mask, position_ids=positions, logits_to_keep=response + 1).logits[:, :-1]
         values = logits.gather(-1, ids[:, prompt:, None])[..., 0] - logits.logsumexp(-1)
         (values * mask[:, prompt:]).sum().backward()
 

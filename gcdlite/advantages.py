@@ -184,9 +184,7 @@ def damped(group: Group, scores: TokenRows, beta: float) -> list[list[list[bool]
     return [[[not e.won and s > tau for s in turn] for turn in row] for e, row in zip(group.episodes, scores)]
 
 
-def ppo(
-    group: Group, malformed: float, inadmissible: float, features: TokenRows, gae_gamma: float = 1.0, gae_lambda: float = 1.0
-) -> TokenRows:
+def ppo(group: Group, malformed: float, inadmissible: float, features: TokenRows, gae_gamma: float = 1.0, gae_lambda: float = 1.0) -> TokenRows:
     """Generalised advantage estimation over the response tokens of each whole episode (Schulman et al. 2016, Eq. 16).
 
     `features` are the critic's values V before each token. What a turn earns and costs (`step_rewards`) comes with its last

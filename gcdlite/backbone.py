@@ -42,8 +42,7 @@ def windows(model: nn.Module) -> dict[str, int | None]:
     config = model.config.get_text_config()
     if config._attn_implementation not in ("sdpa", "eager", SHARED_HEADS):
         raise UserError(
-            f"attention implementation {config._attn_implementation!r} takes no masks of ours: "
-            "load the model with attn_implementation='sdpa'"
+            f"attention implementation {config._attn_implementation!r} takes no masks of ours: load the model with attn_implementation='sdpa'"
         )
     window = getattr(config, "sliding_window", None)
     layer_types = getattr(config, "layer_types", None)

@@ -34,7 +34,25 @@ from gcdlite.envs.alfworld.experts import Prior
 from gcdlite.envs.alfworld.games import IN_DOMAIN, OUT_OF_DOMAIN, find_games
 from gcdlite.envs.scienceworld.experts import ROOMS, Lesson, Lessons, astray, goal, thought
 from gcdlite.gcd.labels import verdict
-from gcdlite.lessons import NAME, SUCCESS_RATES, Example, Style, copying, exercises, expert_examples, judgment_text, laps, make_prior, orders, random_examples, reasoning_tag, reminders, swap_names, swap_things, won_episodes
+from gcdlite.lessons import (
+    NAME,
+    SUCCESS_RATES,
+    Example,
+    Style,
+    copying,
+    exercises,
+    expert_examples,
+    judgment_text,
+    laps,
+    make_prior,
+    orders,
+    random_examples,
+    reasoning_tag,
+    reminders,
+    swap_names,
+    swap_things,
+    won_episodes,
+)
 from gcdlite.nano import build_model, build_tokenizer
 from gcdlite.policy import Policy, load_tokenizer, resolve
 from gcdlite.records import Task, UserError
@@ -207,7 +225,9 @@ def _plain_names(things: Iterable[str]) -> list[str]:
     >>> _plain_names(["metal pot", "cup containing red paint", "door to hallway", "kitchen", "anode in battery"])
     ['metal pot']
     """
-    return sorted(name for name in things if name not in ROOMS and not re.search(r"\d|[^a-z ]|\b(in|on|to|of|containing|door|anode|cathode|terminal)\b", name))
+    return sorted(
+        name for name in things if name not in ROOMS and not re.search(r"\d|[^a-z ]|\b(in|on|to|of|containing|door|anode|cathode|terminal)\b", name)
+    )
 
 
 def _commands(examples: Iterable[Example]) -> list[str]:
@@ -329,9 +349,7 @@ def demonstrations(
         yield from won_episodes(chosen, prior, _style(config), dice, deviate=0.0, hints=0.0, careless=0.0)
 
 
-def science_random_examples(
-    config: Config, dice: random.Random, turns: int, count: Callable[[str], int], names: set[str]
-) -> list[Example]:
+def science_random_examples(config: Config, dice: random.Random, turns: int, count: Callable[[str], int], names: set[str]) -> list[Example]:
     """Random play in ScienceWorld: its language, and the habit of copying names and forms of commands. Adds the names of
     the things in sight to `names`.
 
@@ -360,9 +378,7 @@ def _science_prompt(config: Config, turn: Lesson, before: Sequence[Lesson], coun
     style, tags = _style(config), config.algo.tagged and task is None
     history = [(t.before.brief, t.action) for t in before[max(0, len(before) - style.history) :]]
     text, things = prompts.fit_room(turn.before.text, turn.before.objects or [], config.env.room_tokens, count)
-    return prompts.turn_prompt(
-        style.prompt, task or turn.description, len(before), history, text, turn.before.admissible, tags=tags, objects=things
-    )
+    return prompts.turn_prompt(style.prompt, task or turn.description, len(before), history, text, turn.before.admissible, tags=tags, objects=things)
 
 
 def _expert_lessons(config: Config, tasks: Sequence[Task], prior: Prior, dice: random.Random) -> list[Example]:
@@ -378,7 +394,9 @@ def _expert_lessons(config: Config, tasks: Sequence[Task], prior: Prior, dice: r
         chosen = (dice.choice(tasks) for _ in range(10 * cfg.trajectories))
         won = list(islice(won_episodes(chosen, prior, style, dice, **options), cfg.trajectories))
         if len(won) < cfg.trajectories:
-            raise UserError(f"only {len(won)} of {cfg.trajectories} expert episodes were won in {style.max_turns} turns: raise env.max_turns, or lower coldstart.deviate")
+            raise UserError(
+                f"only {len(won)} of {cfg.trajectories} expert episodes were won in {style.max_turns} turns: raise env.max_turns, or lower coldstart.deviate"
+            )
         examples = [example for episode in won for example in episode]
     beside = (e for e in expert_examples(laps(tasks, dice), prior, style, dice, deviate=0.3, judge=0.3) if e.kind != "expert")
     if cfg.variant in ("judge", "value") and not cfg.from_scratch:  # nano's weights were made with turns as they come, seven of ten bad

@@ -34,19 +34,34 @@ class Section(BaseModel):
 class Env(Section):
     name: Literal["alfworld", "scienceworld"] = Field("alfworld", description="the environment")
     engine: Literal["own", "genuine"] = Field("own", description="our ALFWorld engine, or TextWorld's in worker processes")
-    data: str | None = Field(None, description="folder that holds json_2.1.1, or `generated`; unset: ALFWORLD_DATA, alfworld's default folder, else generated games")
+    data: str | None = Field(
+        None, description="folder that holds json_2.1.1, or `generated`; unset: ALFWORLD_DATA, alfworld's default folder, else generated games"
+    )
     protocol: Literal["single", "rlvmr"] = Field("single", description="which task types are trained on and evaluated (docs/metrics.md)")
-    types: list[str] = Field([], description="task types to train on, of those that the protocol trains on; L0 and L1 are of the same. None named: all of them")
+    types: list[str] = Field(
+        [], description="task types to train on, of those that the protocol trains on; L0 and L1 are of the same. None named: all of them"
+    )
     generated: Positive = Field(2000, description="games to generate when there is no data folder")
     generated_seed: NonNegative = Field(1, description="seed of the generated games")
     max_turns: Positive = Field(30, description="turns an episode may take; our counter decides, not the engine's")
     history_length: NonNegative | Literal["full"] = Field(2, description="earlier (observation, action) pairs in the prompt")
-    workers: NonNegative = Field(0, description="calls of the genuine engine at the same time (it has a process an episode, about 100 MB each, and half of the memory for them); 0: twice the cores")
+    workers: NonNegative = Field(
+        0,
+        description="calls of the genuine engine at the same time (it has a process an episode, about 100 MB each, and half of the memory for them); 0: twice the cores",
+    )
     timeout: Annotated[float, Field(gt=0)] = Field(60.0, description="seconds before a call of a slow engine counts as hung")
-    jvms: NonNegative = Field(0, description="ScienceWorld: Java machines, one for each episode at a time (up to 400 MB each); 0: from cores and memory")
-    simplification: Literal["none", "easy"] = Field("none", description="ScienceWorld: `easy` teleports, opens doors and containers, waters pots, and has no wiring")
-    room_tokens: Annotated[int, Field(ge=50)] = Field(800, description="ScienceWorld: most tokens for the observation, and half as many for the things in sight")
-    gold: bool = Field(False, description="ScienceWorld: make gold paths that the disk lacks, so that the oracle sees every episode (up to minutes each)")
+    jvms: NonNegative = Field(
+        0, description="ScienceWorld: Java machines, one for each episode at a time (up to 400 MB each); 0: from cores and memory"
+    )
+    simplification: Literal["none", "easy"] = Field(
+        "none", description="ScienceWorld: `easy` teleports, opens doors and containers, waters pots, and has no wiring"
+    )
+    room_tokens: Annotated[int, Field(ge=50)] = Field(
+        800, description="ScienceWorld: most tokens for the observation, and half as many for the things in sight"
+    )
+    gold: bool = Field(
+        False, description="ScienceWorld: make gold paths that the disk lacks, so that the oracle sees every episode (up to minutes each)"
+    )
 
 
 class Model(Section):
@@ -72,14 +87,21 @@ class Rollout(Section):
     max_new_tokens: Positive = Field(256, description="longest response, in tokens")
     max_prompt_tokens: Positive = Field(4096, description="longest prompt, in tokens; a longer one loses its oldest history first")
     rows: NonNegative = Field(64, description="sequences generated together; 0: as many as fit this GPU by `plan` (on a CPU 64)")
-    overlap: bool | None = Field(None, description="on a slow engine, play one half of the episodes while the other half generates; empty: where a GPU generates")
+    overlap: bool | None = Field(
+        None, description="on a slow engine, play one half of the episodes while the other half generates; empty: where a GPU generates"
+    )
 
 
 class Reward(Section):
-    kind: Literal["success", "score", "progress"] = Field("success", description="R is all or nothing, or ScienceWorld's score as a share of 100: the last one (score; a failure gets 0), or the highest that was reached (progress; ours), so that a failure costs no more than what could have followed")
+    kind: Literal["success", "score", "progress"] = Field(
+        "success",
+        description="R is all or nothing, or ScienceWorld's score as a share of 100: the last one (score; a failure gets 0), or the highest that was reached (progress; ours), so that a failure costs no more than what could have followed",
+    )
     success: Annotated[float, Field(gt=0)] = Field(1.0, description="R of a won episode; a lost one gets 0")
     malformed: Rate = Field(0.01, description="cost of a malformed turn, as a share of reward.success")
-    inadmissible: Rate = Field(0.0, description="cost of a well-formed action that the engine does not admit, as a share of reward.success (ours; 0 in the papers)")
+    inadmissible: Rate = Field(
+        0.0, description="cost of a well-formed action that the engine does not admit, as a share of reward.success (ours; 0 in the papers)"
+    )
 
 
 # Which fields of `algo` each algorithm reads.
@@ -142,7 +164,9 @@ class Update(Section):
     grad_clip: Annotated[float, Field(gt=0)] = Field(1.0, description="largest gradient norm")
     weight_decay: Rate = Field(0.0, description="AdamW's weight decay")
     loss_agg: Literal["token", "turn", "constant"] = Field("token", description="denominator of the loss")
-    token_budget: NonNegative = Field(8192, description="packed tokens in one forward and backward pass; 0: as many as fit this GPU by `plan` (on a CPU 8192)")
+    token_budget: NonNegative = Field(
+        8192, description="packed tokens in one forward and backward pass; 0: as many as fit this GPU by `plan` (on a CPU 8192)"
+    )
 
 
 class Gcd(Section):
@@ -179,7 +203,9 @@ class Gcd(Section):
     def _sound(self) -> Gcd:
         check_labeller(self.labeller)
         if not self.votes / 2 < self.agree <= self.votes:
-            raise ValueError(f"agree={self.agree} of votes={self.votes} decides nothing; it must be more than half of the votes, and no more than all")
+            raise ValueError(
+                f"agree={self.agree} of votes={self.votes} decides nothing; it must be more than half of the votes, and no more than all"
+            )
         if self.suggest and not self.enabled:
             raise ValueError("suggestions come from judgments, which are off; add --gcd (gcd.enabled=true), or take --suggest away")
         if self.head == "value" and not self.enabled:
@@ -190,7 +216,9 @@ class Gcd(Section):
 
 
 class Api(Section):
-    model: str | None = Field(None, description="the server's name of the model; set, an API is configured (the key: OPENAI_API_KEY in the environment)")
+    model: str | None = Field(
+        None, description="the server's name of the model; set, an API is configured (the key: OPENAI_API_KEY in the environment)"
+    )
     base_url: str = Field("https://api.openai.com/v1", description="address of an OpenAI-compatible server")
     concurrency: Positive = Field(16, description="requests on their way at the same time")
     timeout: Annotated[float, Field(gt=0)] = Field(60.0, description="seconds that one request may take")
@@ -215,7 +243,9 @@ class Api(Section):
         except ValueError:
             plain = False
         if not plain or parts.username or parts.password or parts.query or parts.fragment:
-            raise ValueError("base_url wants http(s)://host[:port][/path], without user, password, query or fragment; the key belongs into OPENAI_API_KEY")
+            raise ValueError(
+                "base_url wants http(s)://host[:port][/path], without user, password, query or fragment; the key belongs into OPENAI_API_KEY"
+            )
         return self
 
 
@@ -226,7 +256,9 @@ class Eval(Section):
     levels: list[Literal["L0", "L1", "L2", "L2s", "dev"]] = Field(["L0", "L1", "L2"], description="which levels")
     judge_turns: NonNegative = Field(64, description="oracle-labelled turns a level on which the judge is measured; 0: none")
     before: bool = Field(True, description="evaluate before training, too")
-    seed: int | None = Field(None, description="of an evaluation's random numbers; unset: the run's. Another one plays the same games again: eval DIR eval.seed=1")
+    seed: int | None = Field(
+        None, description="of an evaluation's random numbers; unset: the run's. Another one plays the same games again: eval DIR eval.seed=1"
+    )
 
     @field_validator("levels", mode="before")
     @classmethod
@@ -240,13 +272,18 @@ class Checkpoint(Section):
 
 class Coldstart(Section):
     variant: Literal["vanilla", "judge", "future", "value"] = Field(
-        "judge", description="beside expert play: nothing; judgments; the next observation to predict; or labelled turns for a value head (docs/methods.md)"
+        "judge",
+        description="beside expert play: nothing; judgments; the next observation to predict; or labelled turns for a value head (docs/methods.md)",
     )
     trajectories: Positive = Field(200, description="expert episodes shown")
     judgments: NonNegative = Field(100, description="examples of the variant beside them: judgments, observations to predict, or labelled turns")
     deviate: Share = Field(0.1, description="chance that a turn plays something else than the expert says; its label stays the expert's")
-    careless: Share = Field(0.0, description="chance that the expert, when it has just taken the thing, puts it down on the spot for done (ALFWorld's)")
-    variations: NonNegative = Field(30, description="ScienceWorld: variations of each type whose gold paths are shown (the first time, each takes seconds to make); 0: all")
+    careless: Share = Field(
+        0.0, description="chance that the expert, when it has just taken the thing, puts it down on the spot for done (ALFWorld's)"
+    )
+    variations: NonNegative = Field(
+        30, description="ScienceWorld: variations of each type whose gold paths are shown (the first time, each takes seconds to make); 0: all"
+    )
     hints: Share = Field(0.0, description="share of the expert episodes whose prompts show golden rules (ALFWorld's)")
     epochs: Positive = Field(5, description="passes over the examples")
     lr: Annotated[float, Field(gt=0)] = Field(1e-4, description="learning rate (LoRA); cosine to 5 % of it")
@@ -255,7 +292,9 @@ class Coldstart(Section):
     games: Positive = Field(5000, description="from scratch: games to generate for it")
     games_seed: NonNegative = Field(7, description="from scratch: their seed; not that of the games a run plays")
     lists: NonNegative = Field(10000, description="from scratch: lists of things to copy from, before anything else")
-    exercises: NonNegative = Field(17000, description="from scratch: made-up places to look for things at, eight questions each (ScienceWorld: eight orders to copy)")
+    exercises: NonNegative = Field(
+        17000, description="from scratch: made-up places to look for things at, eight questions each (ScienceWorld: eight orders to copy)"
+    )
     reminders: NonNegative = Field(5000, description="from scratch: exercises among the cold start's examples")
     short_turns: NonNegative = Field(20000, description="from scratch: turns of random play whose command lists are cut to a few entries")
     base_turns: Positive = Field(110000, description="from scratch: turns of random play on all six task types")
@@ -340,7 +379,9 @@ def caveats(config: Config) -> list[str]:
         said.append(f"Training paid {paid}, not success (ours; the papers pay success only).")
     made = Path(config.model.name) / "made.json"
     if Path(config.model.name).name.startswith("nano") or made.is_file() and json.loads(made.read_text()).get("coldstart", {}).get("from_scratch"):
-        said.append("nano says nothing about larger models; its shipped weights have seen judgments in their cold start, so its runs without gcd are the paper's judge_GRPO.")
+        said.append(
+            "nano says nothing about larger models; its shipped weights have seen judgments in their cold start, so its runs without gcd are the paper's judge_GRPO."
+        )
     return said
 
 
@@ -363,9 +404,7 @@ def nearest(word: str, known: Any) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def load(
-    path: str | Path | None = None, overrides: Sequence[str] = (), flags: dict[str, Any] | None = None, faults: Sequence[str] = ()
-) -> Config:
+def load(path: str | Path | None = None, overrides: Sequence[str] = (), flags: dict[str, Any] | None = None, faults: Sequence[str] = ()) -> Config:
     """Read a YAML file, then `section.field=value` overrides, then dotted flags, and check the whole.
 
     A file may name another one to start from as `base: NAME` (looked up beside it).

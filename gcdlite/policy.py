@@ -97,9 +97,7 @@ class Policy:
 
     # --- generation and log-probs
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float, rng: torch.Generator
-    ) -> list[Completion]:
+    def generate(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float, rng: torch.Generator) -> list[Completion]:
         """One completion a prompt, in their order, with log-probs; see `sampling.sample`."""
 
         def work() -> list[Completion]:
@@ -203,7 +201,9 @@ def resolve(name: str) -> str:
     if name in NANOS:
         folder = NANO.parent / name
         if not (folder / "model.safetensors").is_file():
-            raise UserError(f"the weights of {name} are missing from {folder}; reinstall gcdlite, or make them: python run.py coldstart --config {name} --out DIR, then --model DIR/model")
+            raise UserError(
+                f"the weights of {name} are missing from {folder}; reinstall gcdlite, or make them: python run.py coldstart --config {name} --out DIR, then --model DIR/model"
+            )
         return str(folder)
     if name == "smollm2":
         return str(smollm2())

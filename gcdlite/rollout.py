@@ -185,9 +185,7 @@ def looped(actions: Sequence[str]) -> list[bool]:
 
     An action taken four times in a row is a loop of two, too, so repeated and looped turns overlap.
     """
-    return [
-        any(i + 1 >= 2 * m and actions[i + 1 - m : i + 1] == actions[i + 1 - 2 * m : i + 1 - m] for m in LOOPS) for i in range(len(actions))
-    ]
+    return [any(i + 1 >= 2 * m and actions[i + 1 - m : i + 1] == actions[i + 1 - 2 * m : i + 1 - m] for m in LOOPS) for i in range(len(actions))]
 
 
 def sound(episodes: Sequence[Episode]) -> list[Episode]:

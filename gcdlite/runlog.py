@@ -1,15 +1,15 @@
 """The run folder: settings and environment in, then one event a line. Everything shown to people is read from here.
 
-    DIR/config.yaml        every setting in use
-    DIR/environment.json   command, commit, package versions, machine, games
-    DIR/events.jsonl       {"iteration", "phase", "time", ...metrics}
-    DIR/episodes.jsonl     a few episodes of each iteration, as text
-    DIR/suggestions.jsonl  every version of the suggestions, with the advice it came from
-    DIR/api-spent.json     requests to an API and their tokens so far
-    DIR/checkpoints/       what a run needs to go on
-    DIR/adapters/          the adapters of chosen iterations (`checkpoint.keep_every`)
-    DIR/adapter/           the trained adapter, for PeftModel.from_pretrained
-    DIR/summary.json       before and after, at the end
+DIR/config.yaml        every setting in use
+DIR/environment.json   command, commit, package versions, machine, games
+DIR/events.jsonl       {"iteration", "phase", "time", ...metrics}
+DIR/episodes.jsonl     a few episodes of each iteration, as text
+DIR/suggestions.jsonl  every version of the suggestions, with the advice it came from
+DIR/api-spent.json     requests to an API and their tokens so far
+DIR/checkpoints/       what a run needs to go on
+DIR/adapters/          the adapters of chosen iterations (`checkpoint.keep_every`)
+DIR/adapter/           the trained adapter, for PeftModel.from_pretrained
+DIR/summary.json       before and after, at the end
 """
 
 from __future__ import annotations

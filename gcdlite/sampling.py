@@ -148,10 +148,7 @@ def sample(
     Raises UserError for an empty prompt, a setting out of range, or a model whose attention does not follow our masks.
     """
     if max_new_tokens < 1 or max_rows < 1 or temperature < 0:
-        raise UserError(
-            f"sampling needs max_new_tokens >= 1, max_rows >= 1 and temperature >= 0, not {max_new_tokens}, {max_rows} "
-            f"and {temperature}"
-        )
+        raise UserError(f"sampling needs max_new_tokens >= 1, max_rows >= 1 and temperature >= 0, not {max_new_tokens}, {max_rows} and {temperature}")
     if any(len(p) == 0 for p in prompts):
         raise UserError("cannot sample after an empty prompt: give it at least one token")
     uniforms = torch.rand(len(prompts), max_new_tokens, generator=rng)
@@ -396,9 +393,7 @@ class _Sampler:
         """Which tokens end a completion, in their shape. (`torch.isin` may make the host wait for a GPU.)"""
         return (tokens[..., None] == self.stop_ids).any(-1)
 
-    def _forward(
-        self, tokens: Tensor, positions: Tensor, mask: Tensor | dict[str, Tensor], cache: Cache, keep: int
-    ) -> Tensor:
+    def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor | dict[str, Tensor], cache: Cache, keep: int) -> Tensor:
         """Logits (R, keep, V) after the last `keep` of tokens (R, Q)."""
         return self.model(
             input_ids=tokens,

@@ -33,7 +33,10 @@ from gcdlite.update import make_optimizer, update
 
 
 # What summary.json keeps of an evaluation beside success and the judge's accuracy.
-SUMMARISED = ("low", "high", "n", "score", "score_half", "judge_n", "turns", "malformed", "inadmissible", "repeated", "looped", "response_tokens", "errors")
+SUMMARISED = (
+    *("low", "high", "n", "score", "score_half", "judge_n", "turns", "malformed", "inadmissible"),
+    *("repeated", "looped", "response_tokens", "errors"),
+)
 
 
 def train(config: Config, folder: Path, listeners: Sequence[Listener] = (), resume: bool = False) -> dict[str, Any]:
@@ -202,9 +205,7 @@ def keep(recent: list, fresh: list, turns: int, iterations: int, dice: random.Ra
     return chosen
 
 
-def renew_suggestion(
-    policy: Policy, api: apis.Api | None, state: checkpoint.State, config: Config, log: RunLog, iteration: int
-) -> dict[str, float]:
+def renew_suggestion(policy: Policy, api: apis.Api | None, state: checkpoint.State, config: Config, log: RunLog, iteration: int) -> dict[str, float]:
     """Put new golden rules into the next training prompts, and forget the advice that they were made from; metrics.
 
     When none come of it (the server is away, or there is no advice) the old rules and the advice stay.

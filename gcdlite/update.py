@@ -111,6 +111,7 @@ def minibatches(samples: Sequence[Sample], count: int, rng: random.Random) -> li
 def _step(policy, samples, batch, reference, optimizer, config: Config) -> dict[str, float]:
     """One optimizer step over the samples `batch` points at. Only the gradients depend on the token budget, and nothing
     is kept of a try that ran out of memory: the step is taken once, whatever it took to compute it."""
+
     def work() -> tuple[dict[str, torch.Tensor], dict[str, int]]:
         optimizer.zero_grad(set_to_none=True)
         return _gradients(policy, samples, batch, reference, config)

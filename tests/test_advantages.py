@@ -251,9 +251,7 @@ def slow_value(name, group, i, t, options):
             return 0.0
 
         if not e.turns[t].malformed:
-            same = [
-                meta(x, k) for x in group.episodes for k, u in enumerate(x.turns) if not u.malformed and u.tag == e.turns[t].tag
-            ]
+            same = [meta(x, k) for x in group.episodes for k, u in enumerate(x.turns) if not u.malformed and u.tag == e.turns[t].tag]
             value += options["meta_weight"] * slow_normalised(meta(e, t), same)
     return value
 

@@ -139,7 +139,11 @@ def test_the_settings_of_the_judge_reach_it(tiny, monkeypatch, tmp_path):
     monkeypatch.setattr(loop, "label", lambda episodes, *rest: found.update(label=rest) or [])
     draw, select, judge = loop.votes.draw, loop.judging.select, loop.judging.judge
     monkeypatch.setattr(loop.votes, "draw", lambda episodes, count, dice: found.update(ask=count) or draw(episodes, count, dice))
-    monkeypatch.setattr(loop.judging, "select", lambda fresh, pool, turns, dice, balance: found.update(turns=(turns, balance)) or select(fresh, pool, turns, dice, balance))
+    monkeypatch.setattr(
+        loop.judging,
+        "select",
+        lambda fresh, pool, turns, dice, balance: found.update(turns=(turns, balance)) or select(fresh, pool, turns, dice, balance),
+    )
     monkeypatch.setattr(loop.judging, "judge", lambda *args, **words: found.update(judge=words) or judge(*args, **words))
     loop.train(tiny, tmp_path / "run")
     assert found["label"][:3] == ("rules+self", ["dull"], 0) and found["ask"] == 3 and found["turns"] == (6, True)
@@ -273,12 +277,18 @@ def test_rlvmr_without_tag_data_is_refused_before_anything_is_written(tiny, tmp_
     tiny.coldstart.from_scratch = True
     for env, config in (("alfworld", "nano"), ("scienceworld", "nano-scienceworld")):
         tiny.env.name = env
-        with pytest.raises(UserError, match=rf"coldstart --algo rlvmr --env {env} --config {config} coldstart.start=\S+ .*--env {env} --config {config} --model DIR/model rollout.max_new"):
+        with pytest.raises(
+            UserError,
+            match=rf"coldstart --algo rlvmr --env {env} --config {config} coldstart.start=\S+ .*--env {env} --config {config} --model DIR/model rollout.max_new",
+        ):
             coldstart.require_tag_data(tiny)
     for name, flags in (("Qwen/Qwen2.5-7B-Instruct", "--config qwen2.5-7b"), ("nano", "--config nano coldstart.from_scratch=false")):
         other = tiny.model_copy(deep=True)
         other.model.name, other.coldstart.from_scratch, other.env.name = name, False, "scienceworld"
-        with pytest.raises(UserError, match=rf"--algo rlvmr --env scienceworld {flags} --out DIR, then .*--env scienceworld {flags.partition(' cold')[0]} model.adapter=DIR/adapter$"):
+        with pytest.raises(
+            UserError,
+            match=rf"--algo rlvmr --env scienceworld {flags} --out DIR, then .*--env scienceworld {flags.partition(' cold')[0]} model.adapter=DIR/adapter$",
+        ):
             coldstart.require_tag_data(other)
     tiny.env.name = "alfworld"
     (tmp_path / "tagged").mkdir()

@@ -193,7 +193,10 @@ def test_what_was_measured_elsewhere_stands_beside_it(policy, small_config, tmp_
     opts, small_config.env.name = Options(samples=8, bootstrap=20), "scienceworld"
     first = Output(tmp_path / "first", {"options": {"parameters": "lm_head", "classes": "episodes"}, "settings": small_config.model_dump()})
     found = [replace(s, source="reference" if s.positive and s.domain == "OOD" else "sampled") for s in made(policy, 16, two_units=False)]
-    rows = [{"data": "alfworld", "iteration": 0} | row | {"paper_7B": 0.5} for row in similarity.measure(policy, found, opts, small_config, first, "k", "x")]
+    rows = [
+        {"data": "alfworld", "iteration": 0} | row | {"paper_7B": 0.5}
+        for row in similarity.measure(policy, found, opts, small_config, first, "k", "x")
+    ]
     first.table("similarity", "x", rows)
     both = replace(opts, beside=(str(tmp_path / "first"),))
     similarity.check(both, small_config)
@@ -376,7 +379,8 @@ def test_conflict_takes_the_algorithms_own_advantages(policy, small_config, monk
 
 
 @pytest.mark.parametrize(
-    ("algo", "classes", "part"), [("nthr", "episodes", "algo.name=grpo"), ("vanilla", "episodes", "algo.name=grpo"), ("grpo", "rules+self", "does not ask self")]
+    ("algo", "classes", "part"),
+    [("nthr", "episodes", "algo.name=grpo"), ("vanilla", "episodes", "algo.name=grpo"), ("grpo", "rules+self", "does not ask self")],
 )
 def test_conflict_refuses_what_has_to_ask(algo, classes, part, small_config):
     small_config.algo.name, small_config.gcd.labeller = algo, "rules"
@@ -392,7 +396,9 @@ def test_a_prompts_mean_state_is_the_models_own(policy):
 
 
 def test_tokens_that_carry_coupling_are_added_up_by_hand(tmp_path):
-    first = hidden.Told(pieces=["go", " to"], parts=["action", "format"], cross=[3.0, -1.0], same=[1.0, 0.0], positive=True, domain="ID", action="go to")
+    first = hidden.Told(
+        pieces=["go", " to"], parts=["action", "format"], cross=[3.0, -1.0], same=[1.0, 0.0], positive=True, domain="ID", action="go to"
+    )
     other = hidden.Told(pieces=["go"], parts=["think"], cross=[-4.0], same=[2.0], positive=False, domain="OOD", action="go")
     hidden.show_tokens([first, other], Stage(2, None), where := output(tmp_path))
     tokens = json.loads((tmp_path / "tokens.json").read_text())["rows"]
@@ -401,7 +407,9 @@ def test_tokens_that_carry_coupling_are_added_up_by_hand(tmp_path):
     ]  # fmt: skip
     parts = {r["part"]: r for r in json.loads((tmp_path / "parts.json").read_text())["rows"]}
     assert (parts["think"]["share"], parts["action"]["tokens"], parts["format"]["mean_cross"]) == (0.5, 1, -1.0)
-    styles = {text: str(style) for text, style in ((hidden.shaded(other, 4.0).plain[s.start : s.end], s.style) for s in hidden.shaded(other, 4.0).spans)}
+    styles = {
+        text: str(style) for text, style in ((hidden.shaded(other, 4.0).plain[s.start : s.end], s.style) for s in hidden.shaded(other, 4.0).spans)
+    }
     assert styles["go"] == "underline black on rgb(105,105,105)"  # negative, and the darkest
     drawn = {t.get_text() for t in hidden.text_figure([first, other]).axes[0].texts}
     assert {"g", "o", "B", "D"} <= drawn and where
@@ -457,7 +465,10 @@ def test_a_response_that_was_cut_off_needs_its_box():
 
 
 def test_subjects_of_math_are_its_domains(tmp_path, small_config):
-    rows = [{"problem": f"p{i}", "answer": "1", "subject": subject} for i, subject in enumerate(["Algebra", "Geometry", "Number Theory", "Precalculus"] * 3)]
+    rows = [
+        {"problem": f"p{i}", "answer": "1", "subject": subject}
+        for i, subject in enumerate(["Algebra", "Geometry", "Number Theory", "Precalculus"] * 3)
+    ]
     (tmp_path / "math.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = gather.by_domain("math", Options(math=str(tmp_path / "math.jsonl"), games=5), 0)
     assert {d: {q.subject for q in some} for d, some in found.items()} == {"ID": {"Geometry", "Number Theory"}, "OOD": {"Algebra", "Precalculus"}}
@@ -511,7 +522,9 @@ def test_too_few_positives_are_replaced_as_a_whole(policy, small_config, tmp_pat
     assert {key: {s.source for s in some} for key, some in sets.items()} == {
         ("ID", True): {"sampled"}, ("ID", False): {"sampled"}, ("OOD", False): {"sampled"}, ("OOD", True): {"reference"},
     }  # fmt: skip
-    assert [s for s in mixed if s.source == "sampled" and not (s.domain == "OOD" and s.positive)] == [s for s in found if not (s.domain == "OOD" and s.positive)]
+    assert [s for s in mixed if s.source == "sampled" and not (s.domain == "OOD" and s.positive)] == [
+        s for s in found if not (s.domain == "OOD" and s.positive)
+    ]
     theirs = sets["OOD", True]
     assert 1 < len({s.unit for s in theirs}) <= 3 and not {s.unit for s in theirs} & {s.unit for s in found}
     for s in theirs:
@@ -572,9 +585,7 @@ def by_definition(policy, a, b):
         with torch.no_grad():
             done = policy.model(input_ids=ids, output_hidden_states=True)
         place = slice(len(s.sample.prompt_ids) - 1, -1)
-        errors.append(
-            torch.nn.functional.one_hot(torch.tensor(s.sample.response_ids), done.logits.shape[-1]) - done.logits[0, place].softmax(-1)
-        )
+        errors.append(torch.nn.functional.one_hot(torch.tensor(s.sample.response_ids), done.logits.shape[-1]) - done.logits[0, place].softmax(-1))
         states.append(done.hidden_states[-1][0, place])
     for g, h in zip(errors[0], states[0]):
         for g2, h2 in zip(errors[1], states[1]):
@@ -778,9 +789,7 @@ def test_consistency_is_the_share_of_equal_answers(policy, small_config, tmp_pat
 
     def generate(prompts, **how):
         heat.append(how["temperature"])
-        done = [
-            policy.tokenizer(f"<think>x</think><action>{next(answers)}</action>", add_special_tokens=False)["input_ids"] for _ in prompts
-        ]
+        done = [policy.tokenizer(f"<think>x</think><action>{next(answers)}</action>", add_special_tokens=False)["input_ids"] for _ in prompts]
         return [Completion(ids, [0.0] * len(ids)) for ids in done]
 
     policy.generate = generate
@@ -919,9 +928,7 @@ def test_every_analysis_leaves_tables_and_figures_and_resumes(name, more, files,
     for file in files:
         about = json.loads((tmp_path / "out" / f"{file}.json").read_text())
         assert about["rows"] and about["about"]["settings"]["env"]["max_turns"] == 3
-        assert (tmp_path / "out" / f"{file}.png").read_bytes()[:4] == b"\x89PNG" and "<svg" in (
-            tmp_path / "out" / f"{file}.svg"
-        ).read_text()
+        assert (tmp_path / "out" / f"{file}.png").read_bytes()[:4] == b"\x89PNG" and "<svg" in (tmp_path / "out" / f"{file}.svg").read_text()
         caption = (tmp_path / "out" / f"{file}.txt").read_text()
         assert re.search("bootstrap|Wilson", caption) and re.search(r"\d+ (good|bad|games|turns|won|lost|prompts)|\d\+\d|n \d|n=\d", caption), caption
         pixels = imread(tmp_path / "out" / f"{file}.png")[..., :3]
@@ -1028,7 +1035,12 @@ def test_two_runs_stand_side_by_side(name, more, kept_run, tmp_path, capsys):
         (other / "config.yaml").write_text(config.replace("temperature: 1.0", "temperature: 0.5", 1))
         assert run.main(["analyze", name, str(kept_run), str(other), "--out", str(tmp_path / "a")]) == 2
         said = capsys.readouterr().err
-        assert "give one run folder" in said and "two runs are called run" in said and "differ in env.*" in said and "differ in rollout.temperature" in said
+        assert (
+            "give one run folder" in said
+            and "two runs are called run" in said
+            and "differ in env.*" in said
+            and "differ in rollout.temperature" in said
+        )
     else:
         assert run.main(["analyze", name, str(kept_run), str(other), "--inputs", "--out", str(tmp_path / "a")]) == 2
 
@@ -1044,9 +1056,24 @@ def test_curves_show_several_runs(tmp_path, capsys):
         return str(folder)
 
     def trained(i, success, seconds, **more):
-        return {"iteration": i, "phase": "train", "rollout/success": success, "rollout/score": 50 * success, "time/iteration": seconds, "time/rollout": 1.0} | more
+        return {
+            "iteration": i,
+            "phase": "train",
+            "rollout/success": success,
+            "rollout/score": 50 * success,
+            "time/iteration": seconds,
+            "time/rollout": 1.0,
+        } | more
 
-    level = {"eval/L0": 0.25, "eval/L0/low": 0.1, "eval/L0/high": 0.4, "eval/L0/n": 16, "eval/L0/type/look": 0.5, "eval/L0/score": 30.0, "eval/L0/score_half": 4.0}
+    level = {
+        "eval/L0": 0.25,
+        "eval/L0/low": 0.1,
+        "eval/L0/high": 0.4,
+        "eval/L0/n": 16,
+        "eval/L0/type/look": 0.5,
+        "eval/L0/score": 30.0,
+        "eval/L0/score_half": 4.0,
+    }
     a = made("a", "score", [{"iteration": 0, "phase": "eval"} | level, trained(1, 0.0, 10.0), trained(2, 0.5, 30.0), trained(3, 1.0, 20.0)])
     b = made("b", "score", [trained(1, 0.25, 25.0, **{"time/judge": 5.0, "gcd/balanced_accuracy": 0.75}), {"iteration": 1, "phase": "suggest"}])
     assert run.main(["analyze", "curves", a, b, "--out", str(tmp_path / "out")]) == 0
@@ -1054,8 +1081,16 @@ def test_curves_show_several_runs(tmp_path, capsys):
     def rows(table):
         return json.loads((tmp_path / "out" / f"{table}.json").read_text())["rows"]
 
-    assert [(r["run"], r["iteration"], r["success"], r["judge"]) for r in rows("curves")] == [("a", 1, 0.0, None), ("a", 2, 0.5, None), ("a", 3, 1.0, None), ("b", 1, 0.25, 0.75)]
-    assert [(r["run"], r["iteration"], r["rollout"], r["judge"], r["overhead"]) for r in rows("time")] == [("a", 20.0, 1.0, None, None), ("b", 25.0, 1.0, 5.0, 25.0)]
+    assert [(r["run"], r["iteration"], r["success"], r["judge"]) for r in rows("curves")] == [
+        ("a", 1, 0.0, None),
+        ("a", 2, 0.5, None),
+        ("a", 3, 1.0, None),
+        ("b", 1, 0.25, 0.75),
+    ]
+    assert [(r["run"], r["iteration"], r["rollout"], r["judge"], r["overhead"]) for r in rows("time")] == [
+        ("a", 20.0, 1.0, None, None),
+        ("b", 25.0, 1.0, 5.0, 25.0),
+    ]
     assert [(r["iteration"], r["level"], r["success"], r["low"], r["n"]) for r in rows("evaluations")] == [(0, "L0", 0.25, 0.1, 16)]
     assert "L0: mean score" in (tmp_path / "out" / "curves.svg").read_text()
     assert curves.bound(rows("evaluations")[0], "score") == (30.0, 26.0, 34.0) and curves.bound(rows("evaluations")[0], "success") == (0.25, 0.1, 0.4)
@@ -1066,7 +1101,10 @@ def test_curves_show_several_runs(tmp_path, capsys):
     for words in ([], [a, fresh], [str(tmp_path)], [a] * 5, [a, "steps=3"], [a, "--games", "3"]):
         assert run.main(["analyze", "curves", *words, "--out", str(tmp_path / "none")]) == 2
     said = capsys.readouterr().err
-    assert all(text in said for text in ("name one to 4 run folders", "fresh has not finished", "no run folder", "leave steps=3 out", "--games means nothing to curves"))
+    assert all(
+        text in said
+        for text in ("name one to 4 run folders", "fresh has not finished", "no run folder", "leave steps=3 out", "--games means nothing to curves")
+    )
 
 
 def test_an_interrupted_analysis_keeps_its_batches(policy, small_config, tmp_path, monkeypatch):
@@ -1104,7 +1142,20 @@ def test_influence_from_the_command_line(games_root, tmp_path, monkeypatch, caps
     """With the nano that ships, since an untrained model's answers hold no action."""
     import run
 
-    words = ["--config", "nano", f"env.data={games_root}", "env.max_turns=3", "--games", "4", "--samples", "5", "--classes", "oracle", "--bootstrap", "10"]
+    words = [
+        "--config",
+        "nano",
+        f"env.data={games_root}",
+        "env.max_turns=3",
+        "--games",
+        "4",
+        "--samples",
+        "5",
+        "--classes",
+        "oracle",
+        "--bootstrap",
+        "10",
+    ]
     call, folder = ["analyze", "influence", "--out", str(tmp_path / "out"), *words], tmp_path / "out"
     assert run.main(call) == 0
     maps, means = list(folder.glob("influence-*.csv")), (folder / "influence.csv").read_text()

@@ -194,7 +194,14 @@ def test_only_failures_in_a_row_mean_a_dead_server(server, client):
     server.trouble = lambda number: None if number == GIVE_UP - 1 else 500
     api = client(concurrency=1, retries=0)
     api.ask([str(i) for i in range(2 * GIVE_UP - 1)])
-    assert counts(api) == {"asked": 2 * GIVE_UP - 1, "answered": 1, "failed": 2 * GIVE_UP - 2, "calls": 2 * GIVE_UP - 1, "tokens": 7, "http_5xx": 2 * GIVE_UP - 2}
+    assert counts(api) == {
+        "asked": 2 * GIVE_UP - 1,
+        "answered": 1,
+        "failed": 2 * GIVE_UP - 2,
+        "calls": 2 * GIVE_UP - 1,
+        "tokens": 7,
+        "http_5xx": 2 * GIVE_UP - 2,
+    }
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])
@@ -316,7 +323,9 @@ def test_an_api_is_used_where_one_is_configured():
     assert (chosen.gcd.labeller, chosen.gcd.suggest_by) == ("rules", "template")
 
 
-@pytest.mark.parametrize("url", ["https://user:word@host/v1", "https://host/v1?key=word", "https://host/v1#word", "http://host:word/v1", "host/v1", "ftp://host"])
+@pytest.mark.parametrize(
+    "url", ["https://user:word@host/v1", "https://host/v1?key=word", "https://host/v1#word", "http://host:word/v1", "host/v1", "ftp://host"]
+)
 def test_an_address_holds_no_secret(url):
     with pytest.raises(UserError, match="OPENAI_API_KEY") as caught:
         check({"api": {"base_url": url}})

@@ -297,9 +297,7 @@ def test_a_report_of_an_unfinished_run_says_so_and_shows_rules_and_a_won_episode
 
 def test_a_run_that_another_process_writes_is_left_alone(a_run, capsys):
     code = "import pathlib, gcdlite.runlog as r; log = r.RunLog(pathlib.Path({!r})); log.lock(); print('ready', flush=True); input()"
-    other = subprocess.Popen(
-        [sys.executable, "-c", code.format(str(a_run.resolve()))], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+    other = subprocess.Popen([sys.executable, "-c", code.format(str(a_run.resolve()))], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         assert other.stdout.readline() == b"ready\n"
         before = (a_run / "config.yaml").read_text()
@@ -445,11 +443,14 @@ def test_suggestions_and_the_api_are_shown():
     rules = ["do not go back to where you were.", "take only what the task needs."]
     events = [
         *EVENTS[:3],
-        EVENTS[3] | {"api/asked": 300, "api/answered": 288, "api/cached": 40, "api/http_429": 12, "api/timeouts": 1, "api/skipped": 2, "api/tokens": 251000},
+        EVENTS[3]
+        | {"api/asked": 300, "api/answered": 288, "api/cached": 40, "api/http_429": 12, "api/timeouts": 1, "api/skipped": 2, "api/tokens": 251000},
         {"iteration": 1, "phase": "suggest", "version": 3, "source": "template", "rules": rules},
     ]
     for width, height in ((80, 24), (100, 28), (160, 50)):
-        assert "none yet; new ones every 10 iterations, by template" in text_of(picture(state_after(EVENTS, config), width, height, 100.0), width, height)
+        assert "none yet; new ones every 10 iterations, by template" in text_of(
+            picture(state_after(EVENTS, config), width, height, 100.0), width, height
+        )
         shown = text_of(picture(state_after(events, config), width, height, 100.0), width, height)
         assert "suggestions, version 3 (iteration 1)" in shown and all(rule in shown for rule in rules), shown
         assert "grpo + gcd_sugg (rules+api labels, templ" in shown and "43.8 %" in shown
@@ -517,9 +518,7 @@ def test_the_picture_holds_the_same_numbers():
 @pytest.mark.parametrize("known", [0, 1, len(EVENTS)])
 def test_the_picture_fits(width, height, known):
     console = Console(file=io.StringIO(), width=width, height=height, force_terminal=True)
-    lines = console.render_lines(
-        picture(state_after(EVENTS[:known]), width, height, 101.0), console.options.update(width=width, height=height)
-    )
+    lines = console.render_lines(picture(state_after(EVENTS[:known]), width, height, 101.0), console.options.update(width=width, height=height))
     assert len(lines) == height
     assert all(sum(segment.cell_length for segment in line) == width for line in lines)
 
@@ -585,9 +584,23 @@ def test_the_closing_table():
                  "52.0 % → 61.0 %", "task types not trained on", "11:40", "13:23"):  # fmt: skip
         assert part in shown, part
     assert "L1" not in shown and "nano" not in shown and "inadmissible" not in shown
-    (l0,) = [line for line in text_of(closing_table(summary(levels={"L0": {"after": {"success": 0.5, "low": 0.1, "high": 0.9, "n": 6, "errors": 2}}})), 100, None).splitlines() if line.startswith("L0  ")]
+    (l0,) = [
+        line
+        for line in text_of(
+            closing_table(summary(levels={"L0": {"after": {"success": 0.5, "low": 0.1, "high": 0.9, "n": 6, "errors": 2}}})), 100, None
+        ).splitlines()
+        if line.startswith("L0  ")
+    ]
     assert "50.0 % (10–90, n 6, 2 failed)" in l0
-    (l0,) = [line for line in text_of(closing_table(summary(levels={"L0": {"after": {"success": 0.5, "low": 0.1, "high": 0.9, "n": 6, "score": 61.25, "score_half": 9.9}}})), 100, None).splitlines() if line.startswith("L0  ")]
+    (l0,) = [
+        line
+        for line in text_of(
+            closing_table(summary(levels={"L0": {"after": {"success": 0.5, "low": 0.1, "high": 0.9, "n": 6, "score": 61.25, "score_half": 9.9}}})),
+            100,
+            None,
+        ).splitlines()
+        if line.startswith("L0  ")
+    ]
     assert "50.0 % (10–90, n 6) score 61.2 ± 9.9" in l0
     assert "Real games." in text_of(closing_table(summary(environment_note="real games")), 100, None)
     (l2,) = [line for line in shown.splitlines() if line.startswith("L2  ")]
@@ -598,7 +611,13 @@ def test_the_closing_table_names_what_must_be_named():
     trained = settings(reward={"kind": "progress", "success": 2.0, "inadmissible": 0.01}, model={"name": "nano-scienceworld"})
     oracle = text_of(closing_table(summary(labeller="rules+oracle", caveats=caveats(trained), eval_temperature=0.4)), 200, None)
     assert "upper bound" in oracle and "+ gcd" not in oracle
-    for part in ("0.02 for an inadmissible action", "paid the highest score that was reached", "nothing about larger models", "judge_GRPO", "temperature 0.4"):
+    for part in (
+        "0.02 for an inadmissible action",
+        "paid the highest score that was reached",
+        "nothing about larger models",
+        "judge_GRPO",
+        "temperature 0.4",
+    ):
         assert part in oracle, part
     assert "grpo · " not in oracle and "grpo\n" in text_of(closing_table(summary(labeller=None)), 100, None).replace(" ", "")
 

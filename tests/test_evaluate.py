@@ -76,7 +76,9 @@ def test_a_game_whose_environment_failed_is_counted_apart(small_config):
 def test_scienceworld_has_a_mean_score(small_config, monkeypatch):
     """Failures count 0; the interval is the normal one."""
     scores = [100.0, -100.0, 50.0, 0.0]
-    played = [Episode(Task(str(i), "boil", ""), "", won=s == 100, score=s) for i, s in enumerate(scores)] + [Episode(Task("4", "boil", ""), "", error="dead")]
+    played = [Episode(Task(str(i), "boil", ""), "", won=s == 100, score=s) for i, s in enumerate(scores)] + [
+        Episode(Task("4", "boil", ""), "", error="dead")
+    ]
     monkeypatch.setattr(evaluation, "play", lambda *_: played)
     pool = SimpleNamespace(tasks=lambda level: [Task("0", "boil", "")])
     small_config.env.name, small_config.eval.judge_turns, small_config.eval.limit = "scienceworld", 0, 0

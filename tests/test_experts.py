@@ -69,14 +69,18 @@ def test_it_wins_and_speaks_only_of_what_it_saw(games_root, window):
 def test_it_reads_the_verbs_off_the_game():
     """Older games say put … in/on …, newer ones move … to …."""
     goal, prior = Goal("place", "mug", "desk"), Prior([{"desk 1": ["mug 1"]}])
-    belief = believe([("You arrive at shelf 1. On the shelf 1, you see a mug 2.", "take mug 2 from shelf 1")], "You pick up the mug 2 from the shelf 1.")
+    belief = believe(
+        [("You arrive at shelf 1. On the shelf 1, you see a mug 2.", "take mug 2 from shelf 1")], "You pick up the mug 2 from the shelf 1."
+    )
     for put in ("put mug 2 in/on desk 1", "move mug 2 to desk 1"):
         assert advise(goal, belief, ["examine desk 1", "examine mug 2", "go to shelf 1", put], prior)[1] == put
 
 
 def test_it_does_not_take_back_what_it_placed(games_root):
     goal, prior = Goal("two", "cd", "safe"), Prior([{"safe 1": ["cd 1"], "desk 1": []}])
-    belief = believe([("You open the safe 1. The safe 1 is open. In it, you see nothing.", "move cd 2 to safe 1")], "You move the cd 2 to the safe 1.")
+    belief = believe(
+        [("You open the safe 1. The safe 1 is open. In it, you see nothing.", "move cd 2 to safe 1")], "You move the cd 2 to the safe 1."
+    )
     command = advise(goal, belief, ["close safe 1", "examine safe 1", "go to desk 1", "take cd 2 from safe 1"], prior)[1]
     assert command == "go to desk 1"
 

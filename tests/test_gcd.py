@@ -18,9 +18,7 @@ def play(won, *steps):
     """steps: (observation seen, action, plan before, plan after, revealed); the last one is the final observation."""
     turns = []
     for i, (seen, action, before, after, revealed) in enumerate(steps[:-1]):
-        turns.append(
-            Turn(seen, [], [1], [2], [-1.0], "r", action, False, True, steps[i + 1][0], before, after, revealed, bare_prompt="p")
-        )
+        turns.append(Turn(seen, [], [1], [2], [-1.0], "r", action, False, True, steps[i + 1][0], before, after, revealed, bare_prompt="p"))
     return Episode(TASK, "do it", turns, won=won, reward=float(won))
 
 
@@ -179,6 +177,12 @@ def test_prompt_slots_and_their_order(style):
     places = [later.index(s) for s in ("be brave", "find it", "a room", "go to desk 1", "a desk\n", "a desk again")]
     assert places == sorted(places) and "help" not in first
     assert "be brave" not in first
-    assert first.split("find it")[0] == later.split("find it")[0].replace(later[later.index("be brave") - len("Lessons from earlier attempts:\n") if style == "full" else later.index("Hints:"):later.index("be brave") + len("be brave\n")], "")
+    assert first.split("find it")[0] == later.split("find it")[0].replace(
+        later[
+            later.index("be brave") - len("Lessons from earlier attempts:\n") if style == "full" else later.index("Hints:") : later.index("be brave")
+            + len("be brave\n")
+        ],
+        "",
+    )
     judge = judge_prompt(style, first, "<action>look</action>", 0.427)
     assert "43%" in judge and first in judge and judge.rstrip().endswith("<action>look</action>")

@@ -56,7 +56,22 @@ def test_every_order_can_be_read_off_the_prompt(orders):
     assert min(kinds.values()) > len(orders) / 40, kinds
 
 
-FURNITURE = {"shelf", "drawer", "cabinet", "desk", "bed", "countertop", "sidetable", "dresser", "sofa", "garbagecan", "safe", "diningtable", "coffeetable", "armchair"}
+FURNITURE = {
+    "shelf",
+    "drawer",
+    "cabinet",
+    "desk",
+    "bed",
+    "countertop",
+    "sidetable",
+    "dresser",
+    "sofa",
+    "garbagecan",
+    "safe",
+    "diningtable",
+    "coffeetable",
+    "armchair",
+}
 
 
 def test_no_name_tells_whether_the_thing_is_there(orders):

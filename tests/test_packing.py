@@ -34,7 +34,6 @@ SIZE = dict(
 )  # fmt: skip
 
 
-
 def layouts(monkeypatch) -> list[list[packing.Pack]]:
     """The samples packed in very different ways. Packs that cost nothing to start are cut up, under stems."""
     ways = []

@@ -93,7 +93,9 @@ def test_a_prompt_lists_forms_and_things_and_a_choice_lists_numbers():
     assert text.endswith("Observation now: the hall\nForms of commands: go OBJ, wait1\nThings in sight: door, stove")
     text = prompts.turn_prompt("full", "boil water", 3, [], "which?", ["0", "1"], objects=[])
     assert text.endswith("number of one: 0, 1") and "Things" not in text
-    brief = prompts.turn_prompt("brief", "boil water", 3, [], "a room", ["go OBJ"], objects=["door"])  # the API is asked in the full style about these, too
+    brief = prompts.turn_prompt(
+        "brief", "boil water", 3, [], "a room", ["go OBJ"], objects=["door"]
+    )  # the API is asked in the full style about these, too
     assert all("science tasks" in prompts.judge_prompt("full", prompt, "r", 0.5) for prompt in (text, brief))
     home = prompts.turn_prompt("full", "heat an egg", 0, [], "a room", ["look"])
     assert "household tasks" in prompts.judge_prompt("full", home, "r", 0.5)
@@ -705,7 +707,9 @@ def test_a_whole_run(small_model, tmp_path, monkeypatch, capsys):
     assert "protocol single, simplification none" in table and "no gold path seen fits into 2 actions" in table and "5-2 grow-fruit" in table
     events = read_lines(folder / "events.jsonl")
     assert code == 0 and [e["phase"] for e in events] == ["train", "eval"]
-    assert events[0]["rollout/errors"] == 0 and events[0]["rollout/turns"] == 2 and 0 <= events[0]["rollout/score"] < 100 and events[1]["eval/L2/n"] == 2
+    assert (
+        events[0]["rollout/errors"] == 0 and events[0]["rollout/turns"] == 2 and 0 <= events[0]["rollout/score"] < 100 and events[1]["eval/L2/n"] == 2
+    )
     assert '"environment_note": "ScienceWorld 1.2.3, protocol single' in (folder / "summary.json").read_text()
     assert "paid the score" in table
 

@@ -109,7 +109,11 @@ class Fake:
         return [[a] for a, _ in zip(self.answers, prompts)]
 
 
-NOTES = [Note("open closed drawers", "open", "open drawer 1 -> empty")] * 3 + [Note("do not repeat", "repeated", "look -> a desk")] * 4 + [Note("", "", "x -> y")]
+NOTES = (
+    [Note("open closed drawers", "open", "open drawer 1 -> empty")] * 3
+    + [Note("do not repeat", "repeated", "look -> a desk")] * 4
+    + [Note("", "", "x -> y")]
+)
 
 
 def test_an_api_writes_the_rules(small_config):
@@ -248,7 +252,6 @@ def test_old_rules_stay_when_none_are_written(suggesting, tmp_path, monkeypatch)
 # --- with an API
 
 
-
 def opinion(question):
     """Always the same of a turn, and good of every other one, in the language of `talkative`."""
     return "so it is" + "!" * (zlib.crc32(question.encode()) % 2)
@@ -332,4 +335,6 @@ def test_the_file_holds_the_advice(suggesting, tmp_path):
     suggesting.steps = 1
     loop.train(suggesting, tmp_path / "run")
     record = json.loads((tmp_path / "run" / "suggestions.jsonl").read_text())
-    assert set(record) == {"version", "iteration", "source", "rules", "themes"} and all(" -> " in piece for theme in record["themes"] for piece in theme)
+    assert set(record) == {"version", "iteration", "source", "rules", "themes"} and all(
+        " -> " in piece for theme in record["themes"] for piece in theme
+    )

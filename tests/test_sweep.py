@@ -480,7 +480,9 @@ def test_the_text_names_labellers_seeds_and_what_was_not_run(tmp_path):
     assert "| future | L0 | 1.0 |  | not run: no such start |" in first
     assert "| head (rules labels, a value head, not GCD, one seed) | L0 |" in first
     assert "| a | L1 |  |  | not run |" in first
-    assert "best: Training charged 0.2" in first and "20 iterations of 8 games × 8 episodes (a, rules, best, hints); 20 iterations of 4 games" in first
+    assert (
+        "best: Training charged 0.2" in first and "20 iterations of 8 games × 8 episodes (a, rules, best, hints); 20 iterations of 4 games" in first
+    )
     assert "generated games" in first and "protocol single" in first and "Training charged 0.1" in first and "python run.py sweep r" in first
     widths = {line.count("|") for line in first.splitlines() if line.startswith("|")}
     assert len(widths) == 1

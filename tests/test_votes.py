@@ -18,12 +18,35 @@ TASK = Task("t", "pick_and_place_simple", "t")
 
 
 def turn(name, before=None, after=None, **more):
-    return Turn(name, ["look"], [1], [2], [-1.0], f"<action>{name}</action>", name, False, True, f"after {name}", before, after, bare_prompt=f"at {name}", **more)
+    return Turn(
+        name,
+        ["look"],
+        [1],
+        [2],
+        [-1.0],
+        f"<action>{name}</action>",
+        name,
+        False,
+        True,
+        f"after {name}",
+        before,
+        after,
+        bare_prompt=f"at {name}",
+        **more,
+    )
 
 
 @pytest.mark.parametrize(
     ("said", "value"),
-    [([1] * 5, 1), ([0] * 5, 0), ([1, 1, 1, 1, 0], 1), ([0, 0, 0, 0, None], 0), ([1, 1, 1, 0, 0], None), ([1, 1, 1, None, None], None), ([None] * 5, None)],
+    [
+        ([1] * 5, 1),
+        ([0] * 5, 0),
+        ([1, 1, 1, 1, 0], 1),
+        ([0, 0, 0, 0, None], 0),
+        ([1, 1, 1, 0, 0], None),
+        ([1, 1, 1, None, None], None),
+        ([None] * 5, None),
+    ],
 )
 def test_four_of_five_make_a_label(said, value):
     for order in set(itertools.permutations(said)):
@@ -69,13 +92,13 @@ def test_api_votes_become_labels_of_their_turns(small_config):
     good, bad = "<think>x</think>\\boxed{1}", "\\boxed{0}<action>look</action>"
     said = {"a": [good] * 4 + [None], "b": [bad] * 5, "c": ["no idea"] * 5, "d": [good, good, good, bad, None]}
     api = Fake(lambda prompt: said[prompt.partition("at ")[2][0]])
-    voted, stats = votes.ask(
-        episodes, [(0, 0), (0, 1), (1, 0), (1, 1)], ["api"], small_config, policy=None, api=api, success_rate=0.37, rng=None
-    )
+    voted, stats = votes.ask(episodes, [(0, 0), (0, 1), (1, 0), (1, 1)], ["api"], small_config, policy=None, api=api, success_rate=0.37, rng=None)
     assert voted == {"api": [{0: 1, 1: 0}, {}]}
     assert stats == {"gcd/asked": 4, "gcd/api_labels": 2, "gcd/api_abstained": 1 + 5 + 1}
     assert "37%" in api.prompts[0] and "<action>a</action>" in api.prompts[0]
-    assert small_config.model.prompt == "brief" and api.prompts[0] == judge_prompt("full", "at a", "<action>a</action>", 0.37)  # nano's words are not for a large model
+    assert small_config.model.prompt == "brief" and api.prompts[0] == judge_prompt(
+        "full", "at a", "<action>a</action>", 0.37
+    )  # nano's words are not for a large model
     small_config.gcd.agree, small_config.gcd.votes = 3, 3
     said = {"a": [good] * 3, "b": [good, good, bad]}
     voted, _ = votes.ask(episodes, [(0, 0), (0, 1)], ["api"], small_config, policy=None, api=api, success_rate=0.37, rng=None)

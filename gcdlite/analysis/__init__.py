@@ -124,7 +124,9 @@ def options(name: str, given: dict[str, Any], runs: Sequence[Path] = ()) -> Opti
     ):  # fmt: skip
         value = getattr(chosen, setting)
         if value is not None and (value < low or high is not None and value > high or value != value):
-            faults.append(f"--{setting.replace('_', '-')} {value}: give a number {f'from {low} to {high}' if high is not None else f'of at least {low}'}")
+            faults.append(
+                f"--{setting.replace('_', '-')} {value}: give a number {f'from {low} to {high}' if high is not None else f'of at least {low}'}"
+            )
     if chosen.xi * chosen.r > 1:
         faults.append(f"--xi {chosen.xi:g} times --r {chosen.r:g} is a change of a probability: at most 1")
     if len(runs) > 1 and (name not in SEVERAL or chosen.inputs or chosen.conflict):

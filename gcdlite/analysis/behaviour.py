@@ -11,8 +11,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from gcdlite import prompts
 from gcdlite.analysis import Options, gather
 from gcdlite.analysis import output as out
@@ -67,9 +65,7 @@ def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, c
     by = f"Episodes played {how}; Wilson 95 % intervals."
     output.table("success", "Success by task type (new paper, Fig. 1)", success, by)
     draw_flaws(rows, consistency, note + " " + about, output)
-    draw_success(
-        [r for r in success if r["iteration"] == stages[-1].iteration], f"{by} Policy at iteration {stages[-1].iteration}.", output
-    )
+    draw_success([r for r in success if r["iteration"] == stages[-1].iteration], f"{by} Policy at iteration {stages[-1].iteration}.", output)
     return [episode_text(e) for e in failures(episodes)]
 
 
@@ -197,7 +193,10 @@ def draw_flaws(rows: Sequence[dict], consistency: Sequence[dict], note: str, out
         ax.set_xticks(iterations)
         ax.margins(x=0.3)
         ax.set_ylim(bottom=0)
-    for ax, place in ((panels[0][1], {"loc": "upper left", "bbox_to_anchor": (1, 1)}), (panels[1][0], {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 2})):
+    for ax, place in (
+        (panels[0][1], {"loc": "upper left", "bbox_to_anchor": (1, 1)}),
+        (panels[1][0], {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 2}),
+    ):
         if ax.containers:
             ax.legend(**place)
     last = [r for r in rows if r["iteration"] == iterations[-1] and r["outcome"] != "all"]

@@ -41,7 +41,9 @@ def check(options: Options, config: Config) -> None:
     if asked := voters(labeller_of(options, config)):
         raise UserError(f"--conflict does not ask {asked[0]} for labels: give --classes rules, or oracle")
     if config.algo.name not in ALGORITHMS:
-        raise UserError(f"--conflict takes the advantages of {', '.join(ALGORITHMS)}, which need rewards only: give algo.name=grpo, or another of them")
+        raise UserError(
+            f"--conflict takes the advantages of {', '.join(ALGORITHMS)}, which need rewards only: give algo.name=grpo, or another of them"
+        )
 
 
 def labeller_of(options: Options, config: Config) -> str:
@@ -66,7 +68,9 @@ def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, c
         "judged turns; ceiling: what perfect agreement would give at these sample sizes."
     )
     if not all(row["n_policy"] and row["n_other"] for row in rows):
-        output.say("a set is empty: every group won or lost as a whole, or no turn was labelled both ways; take more rollout.groups, or --classes oracle")
+        output.say(
+            "a set is empty: every group won or lost as a whole, or no turn was labelled both ways; take more rollout.groups, or --classes oracle"
+        )
     output.table("conflict", "Task conflict (old paper, Fig. 10b)", rows, note)
     draw_figure(rows, note, output)
 
@@ -139,9 +143,7 @@ def measure(
                 acting = collect(weighted(samples), [s.unit for s in samples])
                 results.append(
                     {
-                        "judgment": compare(
-                            acting, collect(weighted(judgments), [s.unit for s in judgments]), options.bootstrap, config.seed
-                        ),
+                        "judgment": compare(acting, collect(weighted(judgments), [s.unit for s in judgments]), options.bootstrap, config.seed),
                         "value": compare(acting, collect(of_value(), list(range(len(turns)))), options.bootstrap, config.seed),
                     }
                 )

@@ -35,9 +35,16 @@ def run(options: Options, folder: Path) -> None:
     note = "Training games, at the training temperature; score: 0 to 100, a failure's being 0 (ALFWorld: 100 for a win)."
     output.table("curves", "Iterations of training (old paper, Fig. 11)", course, note, show=0)
     if evaluations:
-        output.table("evaluations", "Evaluations", evaluations, "low, high: Wilson 95 % interval of success. judge: balanced accuracy against the oracle.")
+        output.table(
+            "evaluations", "Evaluations", evaluations, "low, high: Wilson 95 % interval of success. judge: balanced accuracy against the oracle."
+        )
     spent = times(course)
-    output.table("time", "Seconds a phase (new paper, Table 3; old paper, Table 4)", spent, f"Medians over iterations. overhead: of an iteration, over {next(iter(events))}, %.")
+    output.table(
+        "time",
+        "Seconds a phase (new paper, Table 3; old paper, Table 4)",
+        spent,
+        f"Medians over iterations. overhead: of an iteration, over {next(iter(events))}, %.",
+    )
     draw(course, evaluations, measure, output)
 
 
@@ -112,7 +119,11 @@ def draw(course: Sequence[dict], evaluations: Sequence[dict], measure: str, outp
     panels = list(axes.flat)
     percent = 100 if measure == "success" else 1
     text = "won, %" if measure == "success" else "mean score"
-    smooth = ((panels[0], measure, percent, f"training: {text}"), (panels[-2], "response_tokens", 1, "tokens a turn"), (panels[-1], "s_iteration", 1, "seconds an iteration"))
+    smooth = (
+        (panels[0], measure, percent, f"training: {text}"),
+        (panels[-2], "response_tokens", 1, "tokens a turn"),
+        (panels[-1], "s_iteration", 1, "seconds an iteration"),
+    )
     for ax in panels[1 + len(levels) : -2]:
         ax.set_visible(False)
     for i, (name, mine) in enumerate(runs.items()):

@@ -89,7 +89,11 @@ def stages(runs: Sequence[Path], at: str) -> list[Stage]:
 def asking(config: Config) -> dict[str, Any]:
     """How a run asks its model, beside `env.*` and `model.*`."""
     rollout = {f"rollout.{key}": getattr(config.rollout, key) for key in ("temperature", "max_new_tokens", "max_prompt_tokens")}
-    return rollout | {"algo.name (rlvmr's tags)": config.algo.tagged, "eval.temperature": config.eval.temperature, "gcd.uninformative": config.gcd.uninformative}
+    return rollout | {
+        "algo.name (rlvmr's tags)": config.algo.tagged,
+        "eval.temperature": config.eval.temperature,
+        "gcd.uninformative": config.gcd.uninformative,
+    }
 
 
 def run_names(runs: Sequence[Path]) -> list[str]:
@@ -285,7 +289,9 @@ def by_domain(name: str, options: Options, seed: int) -> dict[str, list[qa.Quest
     dice.shuffle(questions)
     if name == "math":
         if unknown := sorted({q.subject for q in questions if qa.domain(q) is None}):
-            raise UserError(f"{getattr(options, name) or 'MATH'} has subjects that MATH does not have: {', '.join(unknown)}; MATH's are {', '.join((*qa.IN_DOMAIN, *qa.OUT_OF_DOMAIN))}")
+            raise UserError(
+                f"{getattr(options, name) or 'MATH'} has subjects that MATH does not have: {', '.join(unknown)}; MATH's are {', '.join((*qa.IN_DOMAIN, *qa.OUT_OF_DOMAIN))}"
+            )
         halves = {d: [q for q in questions if qa.domain(q) == d] for d in DOMAINS}
     else:
         halves = {d: questions[i::2] for i, d in enumerate(DOMAINS)}

@@ -176,7 +176,9 @@ def measure(
     """(rows of the table, one raw and one cosine; tokens of every sample). ([row of None], []) where there are no pairs.
     The sums of the first pass, and each episode's tokens, are kept as parts `KEY-…` until all is done."""
     n = {c: sum(s.positive == c for s in chosen) for c in (True, False)}
-    sizes = {"n_good": n[True], "n_bad": n[False]} | {f"{name}_{d}": sum(s.positive == c and s.domain == d for s in chosen) for d in gather.DOMAINS for name, c in (("good", True), ("bad", False))}
+    sizes = {"n_good": n[True], "n_bad": n[False]} | {
+        f"{name}_{d}": sum(s.positive == c and s.domain == d for s in chosen) for d in gather.DOMAINS for name, c in (("good", True), ("bad", False))
+    }
     head = plain(policy.model).get_output_embeddings()
     if not has_pairs(chosen):
         blank = dict.fromkeys(("same", "cross", "gap", "low", "high", "dropped"))
@@ -227,8 +229,7 @@ def measure(
         same, cross = pair_means(sums[True], sums[False], tuple(crossing[name]))
         low, high = gather.interval(same - cross, gap_draws(sketched, positive, units, weights))
         result.append(
-            {"measure": name, "same": same, "cross": cross, "gap": same - cross, "low": low, "high": high, "dropped": dropped / whole}
-            | sizes
+            {"measure": name, "same": same, "cross": cross, "gap": same - cross, "low": low, "high": high, "dropped": dropped / whole} | sizes
         )
     return result, told
 

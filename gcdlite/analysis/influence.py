@@ -91,9 +91,7 @@ def action_logprobs(policy: Policy, chosen: Sequence[Specimen], masks: Sequence[
     return values
 
 
-def measure(
-    policy: Policy, chosen: Sequence[Specimen], options: Options, config: Config, output: Output, stage: Stage
-) -> tuple[float, Tensor]:
+def measure(policy: Policy, chosen: Sequence[Specimen], options: Options, config: Config, output: Output, stage: Stage) -> tuple[float, Tensor]:
     """(step size, Delta log pi (n, n))."""
     where = Trained(policy, config, policy.parameters())
     masks = [action_mask(policy, s) for s in chosen]
@@ -121,9 +119,7 @@ def measure(
     with output.progress(f"iteration {stage.iteration}: one step on each of {len(chosen)} turns", len(chosen)) as step:
         for i, s in enumerate(chosen):
             rows.append(
-                output.part(
-                    f"influence-{stage.key}-row{i}", lambda s=s: after_step(policy, where, gradient(s), lr, chosen, masks, config) - before
-                )
+                output.part(f"influence-{stage.key}-row{i}", lambda s=s: after_step(policy, where, gradient(s), lr, chosen, masks, config) - before)
             )
             step()
     return lr, torch.stack(rows)

@@ -47,7 +47,6 @@ def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, c
         levels = {level: level for level in options.levels.split(",")}
         episodes = gather.episodes_of(policy, pool, levels, config, options.games, output, stage, config.eval.temperature)
         for level, played in episodes.items():
-
             paper = PAPER.get(config.env.name, {}).get(level)
             for row in measure(policy, played, options, config, output, f"{stage.key}-{level}"):
                 theirs = dict(zip(("paper_3B", "paper_7B"), [p / 100 for p in paper] if paper and row["class"] == "balanced" else (None, None)))
@@ -73,7 +72,10 @@ def measure(policy: Policy, episodes: Sequence[Episode], options: Options, confi
 
     verdicts = output.in_batches(f"judging {key}", f"verdicts-{key}", targets, policy.rows, said)
     rules = {id(t.turn): t.label for t in label(episodes, "rules", config.gcd.uninformative)}
-    return table_rows([(t.label, verdict) for t, verdict in zip(targets, verdicts, strict=True)], [(t.label, rules[id(t.turn)]) for t in targets if id(t.turn) in rules])
+    return table_rows(
+        [(t.label, verdict) for t, verdict in zip(targets, verdicts, strict=True)],
+        [(t.label, rules[id(t.turn)]) for t in targets if id(t.turn) in rules],
+    )
 
 
 def table_rows(verdicts: Sequence[tuple[int, int | None]], rules: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:

@@ -172,9 +172,7 @@ def open_output(name: str, options: Options, config: Config | None, folder: Path
     given = asdict(options)
     given.pop("at")  # more iterations may be added to what is there
     given |= {f"{kind}_is": digest(file) for kind in ("math", "gsm8k") if (file := given[kind]) and Path(file).is_file()}
-    return Output(
-        folder, {"analysis": name, "options": given, "settings": config.model_dump() if config else None, "made_by": environment()}
-    )
+    return Output(folder, {"analysis": name, "options": given, "settings": config.model_dump() if config else None, "made_by": environment()})
 
 
 def axes(rows: int = 1, columns: int = 1, width: float = 6.4, height: float = 3.6, **options) -> tuple[Figure, Any]:

@@ -93,7 +93,9 @@ def finished(folder: str, options: Options, config: Config) -> list[dict]:
     rows, theirs, settings = table["rows"], table["about"]["options"], table["about"]["settings"]
     for field in ("parameters", "classes"):
         if theirs[field] != getattr(options, field):
-            raise UserError(f"--beside {folder} was measured with --{field} {theirs[field]}, and this is with {getattr(options, field)}: they do not compare")
+            raise UserError(
+                f"--beside {folder} was measured with --{field} {theirs[field]}, and this is with {getattr(options, field)}: they do not compare"
+            )
     for field, was, here in (
         ("model.name", settings["model"]["name"], config.model.name),
         ("rollout.temperature", settings["rollout"]["temperature"], config.rollout.temperature),
@@ -115,9 +117,7 @@ def paper(data: str, pair: str) -> float | None:
     return PAPER[data][list(PAIRS).index(pair)] if data in PAPER else None
 
 
-def specimens(
-    policy: Policy, pool: Pool | None, name: str, options: Options, config: Config, output: Output, stage: Stage
-) -> list[Specimen]:
+def specimens(policy: Policy, pool: Pool | None, name: str, options: Options, config: Config, output: Output, stage: Stage) -> list[Specimen]:
     """Turns of the environment, or answers to questions, written by the policy as it stands."""
     if name != "env":
         return gather.answers(policy, name, options, config, output, stage)
@@ -126,9 +126,7 @@ def specimens(
     return gather.specimens(episodes, options.classes, config)
 
 
-def measure(
-    policy: Policy, found: Sequence[Specimen], options: Options, config: Config, output: Output, key: str, what: str
-) -> list[dict]:
+def measure(policy: Policy, found: Sequence[Specimen], options: Options, config: Config, output: Output, key: str, what: str) -> list[dict]:
     """The four cosines with intervals, ceilings and sample sizes; a row with an empty set has None for them. Each set's sums
     are kept as the part `sums-KEY-…` until all is done."""
     sets = gather.draw(found, options.samples, config.seed)
@@ -151,9 +149,7 @@ def measure(
                     )
                     for (domain, positive), some in sets.items()
                 }
-            results.append(
-                {pair: compare(summaries["ID", a], summaries["OOD", b], options.bootstrap, config.seed) for pair, (a, b) in PAIRS.items()}
-            )
+            results.append({pair: compare(summaries["ID", a], summaries["OOD", b], options.bootstrap, config.seed) for pair, (a, b) in PAIRS.items()})
     rows = []
     for pair, (a, b) in PAIRS.items():
         one = [r[pair] for r in results]
@@ -220,7 +216,13 @@ def draw_figure(rows: Sequence[dict], note: str, output: Output) -> None:
     data = list(dict.fromkeys(r["data"] for r in rows))
     iterations = sorted({r["iteration"] for r in rows})
     sizes = "; ".join(
-        f"{d} {name}".strip() + ": " + ", ".join(f"{r['pair']} {r['n_ID']}+{r['n_OOD']}" + "*" * (REFERENCE in sources(r)) for r in mine if r["data"] == d and r["iteration"] == mine[-1]["iteration"])
+        f"{d} {name}".strip()
+        + ": "
+        + ", ".join(
+            f"{r['pair']} {r['n_ID']}+{r['n_OOD']}" + "*" * (REFERENCE in sources(r))
+            for r in mine
+            if r["data"] == d and r["iteration"] == mine[-1]["iteration"]
+        )
         for d in data
         for name, mine in runs.items()
     )
@@ -236,12 +238,18 @@ def draw_figure(rows: Sequence[dict], note: str, output: Output) -> None:
                 x = k + 0.2 * (i - 1.5)
                 ax.bar(x, row["cosine"], 0.18, label=pair if k == 0 else None, **out.bars(i))
                 if row["low"] is not None:
-                    ax.errorbar(
-                        x, row["cosine"], yerr=out.errors([row["cosine"]], [row["low"]], [row["high"]]), color="0.0", capsize=2, lw=0.8
-                    )
+                    ax.errorbar(x, row["cosine"], yerr=out.errors([row["cosine"]], [row["low"]], [row["high"]]), color="0.0", capsize=2, lw=0.8)
                 if row["ceiling"] is not None:
                     ax.plot([x - 0.09, x + 0.09], [row["ceiling"]] * 2, color="0.0", lw=1.6)
-                ax.text(x, 0, pair + "*" * (REFERENCE in sources(row)), ha="center", va="bottom", fontsize=7, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8})
+                ax.text(
+                    x,
+                    0,
+                    pair + "*" * (REFERENCE in sources(row)),
+                    ha="center",
+                    va="bottom",
+                    fontsize=7,
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+                )
         ax.set_xticks(range(len(data)), data)
         ax.set_ylabel("cosine of mean gradients")
         ax.grid(axis="x", visible=False)

@@ -65,7 +65,9 @@ class Api:
         try:  # what cannot work must not be found out in the middle of a run
             AsyncOpenAI(api_key=key, base_url=settings.base_url)
         except Exception as error:  # noqa: BLE001 - of whatever kind; its text may hold what must not be shown
-            raise UserError(f"the api's client cannot start ({type(error).__name__}); look at the proxy and certificate variables of the environment") from None
+            raise UserError(
+                f"the api's client cannot start ({type(error).__name__}); look at the proxy and certificate variables of the environment"
+            ) from None
 
     def ask(self, prompts: Sequence[str], copies: int = 1) -> list[list[str | None]]:
         """`copies` answers to each prompt, asked concurrently; None stands for one that did not come.
@@ -147,7 +149,10 @@ class Api:
     def _read_ledger(self) -> None:
         try:
             known = json.loads(self.ledger.read_text()) if self.ledger and self.ledger.is_file() else {}
-            self.spent.calls, self.spent.tokens = max(self.spent.calls, int(known.get("calls", 0))), max(self.spent.tokens, int(known.get("tokens", 0)))
+            self.spent.calls, self.spent.tokens = (
+                max(self.spent.calls, int(known.get("calls", 0))),
+                max(self.spent.tokens, int(known.get("tokens", 0))),
+            )
         except (OSError, ValueError, AttributeError, TypeError):  # damaged: the checkpoint's figures have to do
             pass
 
@@ -182,7 +187,9 @@ class Api:
             return None, None, "timeouts", 0.0
         except openai.APIStatusError as error:  # 408 and 409 ask to be tried again, like 429
             status = error.status_code
-            kind = "http_429" if status in (408, 409, 429) else "http_5xx" if status >= 500 else "rejected" if status in (400, 413, 422) else "http_4xx"
+            kind = (
+                "http_429" if status in (408, 409, 429) else "http_5xx" if status >= 500 else "rejected" if status in (400, 413, 422) else "http_4xx"
+            )
             return None, 0, kind, _retry_after(error.response.headers.get("retry-after"))
         except openai.APIConnectionError:
             return None, 0, "unreachable", 0.0

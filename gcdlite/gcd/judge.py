@@ -17,9 +17,7 @@ from gcdlite.policy import Policy
 from gcdlite.records import Judgment, LabelledTurn, Sample
 
 
-def select(
-    fresh: Sequence[LabelledTurn], pool: Sequence[LabelledTurn], turns: int, rng: random.Random, balance: bool = True
-) -> list[LabelledTurn]:
+def select(fresh: Sequence[LabelledTurn], pool: Sequence[LabelledTurn], turns: int, rng: random.Random, balance: bool = True) -> list[LabelledTurn]:
     """As many good as bad turns: k = min(turns // 2, good, bad) of each; [] when one class is empty.
 
     Turns of this iteration come first; the pool of earlier ones only fills up what is missing. Judging mostly bad

@@ -24,7 +24,9 @@ ALIKE = 0.5  # share of their words that two pieces of advice of one theme have 
 KEPT = 5000  # notes at most, the newest
 DISTINCT = 500  # pieces of advice at most that are sorted, the most frequent
 SHOWN = 12  # pieces of advice of a theme that its author reads, and examples that are kept
-STOP_WORDS = frozenset("a an and are as at be before by do for from if in is it of on or so that the then this to what when where with you your".split())
+STOP_WORDS = frozenset(
+    "a an and are as at be before by do for from if in is it of on or so that the then this to what when where with you your".split()
+)
 
 # Kind of mistake -> its rule, in words that nano knows. The first kind that fits a turn counts (see `mistake`).
 MISTAKES = {

@@ -78,9 +78,7 @@ def from_api(api: Api, turns: Sequence[Turn], votes: int, success_rate: float) -
     return [[None if text is None else prompts.parse_judgment(text)[0] for text in texts] for texts in api.ask(questions, votes)]
 
 
-def from_reference(
-    policy: Policy, turns: Sequence[Turn], config: Config, success_rate: float, rng: torch.Generator
-) -> list[list[int | None]]:
+def from_reference(policy: Policy, turns: Sequence[Turn], config: Config, success_rate: float, rng: torch.Generator) -> list[list[int | None]]:
     """Votes of the frozen reference, sampled at the training temperature."""
     style, votes = config.model.prompt, config.gcd.votes
     ids = [policy.encode(prompts.judge_prompt(style, t.bare_prompt, t.response, success_rate)) for t in turns]

@@ -256,9 +256,7 @@ def success_panel(state: State, width: int, height: int) -> Panel:
             text.append(f"\n{marks.get(row, ''):>3} ", "dim")
             for bar in line:  # where the columns leave room, a guide line at each mark
                 text.append("┄" if bar == " " and row in marks else bar, "bright_black" if bar == " " else "green")
-    shares = [
-        f"{100 * value:.0f} % {name}" for name in ("inadmissible", "malformed") if (value := state.latest(f"rollout/{name}")) is not None
-    ]
+    shares = [f"{100 * value:.0f} % {name}" for name in ("inadmissible", "malformed") if (value := state.latest(f"rollout/{name}")) is not None]
     if shares:
         text.append("\n" + ", ".join([f"{number(state.latest('rollout/turns'), '.1f')} turns", *shares]), "dim")
     return panel(text, "success in training")
@@ -452,9 +450,7 @@ def evaluation_table(metrics: Event, config: Config, note: str = "") -> Renderab
         part = of_event(metrics, level)
         prefix = f"eval/{level}/type/"
         types = "\n".join(f"{name.removeprefix(prefix)} {percent(value)}" for name, value in metrics.items() if name.startswith(prefix))
-        table.add_row(
-            Text(level, "bold"), with_interval(part), number(metrics.get(f"eval/{level}/turns"), ".1f"), percent(part.get("judge")), types
-        )
+        table.add_row(Text(level, "bold"), with_interval(part), number(metrics.get(f"eval/{level}/turns"), ".1f"), percent(part.get("judge")), types)
     about = f"{config.env.name}, protocol {config.env.protocol} · {Path(config.model.name).name} · {method(config)}"
     foot = [Text(sentence(note), "dim")] if note else []
     return Group(Text(about, "bold"), Text(f"seed {config.seed} · evaluated {decoding(config.eval.temperature)}"), table, *foot)
@@ -465,9 +461,7 @@ def labeller_table(record: Event) -> RenderableType:
     table = result_table(["labeller", "label", "labelled", "precision", "recall"])
     for row in record["rows"]:
         precision, recall = (
-            with_interval(
-                {"success": row[name], "low": row[f"{name}_low"], "high": row[f"{name}_high"], "n": n} if row[name] is not None else {}
-            )
+            with_interval({"success": row[name], "low": row[f"{name}_low"], "high": row[f"{name}_high"], "n": n} if row[name] is not None else {})
             for name, n in (("precision", row["checked"]), ("recall", row["wanted"]))
         )
         table.add_row(row["labeller"], row["label"], f"{row['labelled']} of {row['turns']}", precision, recall)

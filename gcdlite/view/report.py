@@ -52,7 +52,12 @@ def sections(run: Path, state: State) -> Iterator[tuple[str, RenderableType]]:
     if state.train:
         yield "The last iteration", picture(state, WIDTH, PICTURE_ROWS, None)
     if versions := read_lines(run / "suggestions.jsonl"):
-        yield "Golden rules", Group(*(Text(f"version {v['version']}, after iteration {v['iteration']}, by {v['source']}: " + " | ".join(v["rules"])) for v in versions))
+        yield (
+            "Golden rules",
+            Group(
+                *(Text(f"version {v['version']}, after iteration {v['iteration']}, by {v['source']}: " + " | ".join(v["rules"])) for v in versions)
+            ),
+        )
     records = read_lines(run / "episodes.jsonl")
     for won, name in ((True, "A won episode"), (False, "A lost episode")):
         if record := next((r for r in reversed(records) if r["won"] == won and not r["error"]), None):
@@ -93,6 +98,8 @@ def origin(run: Path, config: Config) -> RenderableType:
 
 def as_html(shown: RenderableType) -> str:
     """What a terminal of our width would show, in colour."""
-    console = Console(record=True, width=WIDTH, height=PICTURE_ROWS, file=io.StringIO(), force_terminal=True, color_system="truecolor", highlight=False)
+    console = Console(
+        record=True, width=WIDTH, height=PICTURE_ROWS, file=io.StringIO(), force_terminal=True, color_system="truecolor", highlight=False
+    )
     console.print(shown)
     return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")

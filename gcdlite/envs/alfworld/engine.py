@@ -199,8 +199,7 @@ class _Grammar:
                 raise _Foreign(f"its grammar has the condition {condition!r}, which this engine does not know")
             (changing if found.group(1) in _CHANGING else fixed).append((found.group(1), found.group(2)))
         return lambda g, b: (
-            all(b[variable] in g._room.fixed[name] for name, variable in fixed)
-            and all(b[variable] in g._marks[name] for name, variable in changing)
+            all(b[variable] in g._room.fixed[name] for name, variable in fixed) and all(b[variable] in g._marks[name] for name, variable in changing)
         )
 
     def _text(self, source: str) -> _Text:
@@ -400,11 +399,7 @@ def _read_game(path: Path) -> _Room:
         for thing in object_types[object_type]:
             holds[number[thing]].update(fitting)
     by_action = {
-        action: frozenset(
-            number[name]
-            for kind in kinds
-            for name in (object_types if action == "sliceobject" else receptacle_types)[kind]
-        )
+        action: frozenset(number[name] for kind in kinds for name in (object_types if action == "sliceobject" else receptacle_types)[kind])
         for action, kinds in works.items()
     }
     one_place = {name: {number[fact[0]] for fact in facts[name] if fact[0] in number} for name in _ONE_PLACE}
@@ -669,9 +664,7 @@ class Game:
     def _observe(self, text: str, revealed: bool) -> Observation:
         plan = self.plan_length() if self._with_plan else None
         won = self._won
-        return Observation(
-            text, self._admissible.copy(), won, won, score=100.0 if won else 0.0, plan=plan, revealed=revealed
-        )
+        return Observation(text, self._admissible.copy(), won, won, score=100.0 if won else 0.0, plan=plan, revealed=revealed)
 
     def _do(self, action: str, o: int, r: int) -> tuple[str, bool]:
         """Apply an applicable action. Returns the answer and whether it listed a receptacle's content first."""
@@ -803,9 +796,7 @@ class Game:
             places = [r for o in goal.objects for r in where[o] if r in goal.receptacles]
             return len(places) != len(set(places))
         location = self._room.location
-        return self._held in goal.objects and any(
-            location[r] == self._here for lamp in goal.lamps if lamp in marks["istoggled"] for r in where[lamp]
-        )
+        return self._held in goal.objects and any(location[r] == self._here for lamp in goal.lamps if lamp in marks["istoggled"] for r in where[lamp])
 
     def _shortest_plan(self) -> _Plan | None:
         if self._plan is None:
@@ -834,11 +825,7 @@ def _rows(game: Game) -> Iterator[list[list[_Errand]]]:
     goal = room.goal
     targets = goal.receptacles
     empty = [] if held is None else [[("drop", held, r) for r in sorted(room.holds[held])]]
-    takes = {
-        o: [("take", o, r) for r in where[o]]
-        for o in goal.objects
-        if o != held and o in room.fixed["pickupable"] and where[o]
-    }
+    takes = {o: [("take", o, r) for r in where[o]] for o in goal.objects if o != held and o in room.fixed["pickupable"] and where[o]}
     if goal.kind == "place":
         for o in goal.objects:
             treat = []

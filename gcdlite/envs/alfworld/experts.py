@@ -214,7 +214,9 @@ def advise(goal: Goal, belief: Belief, admissible: Sequence[str], prior: Prior, 
         drops = [c for c in admissible if re.match(rf"(?:put|move) {held} ", c)]
         if drops:
             return f"{held} is not needed. put it down.", drops[0]
-        place = min(gone_to, key=lambda p: (type_of(p) not in ("countertop", "sidetable", "dresser", "desk", "coffeetable"), number_of(p)), default=None)
+        place = min(
+            gone_to, key=lambda p: (type_of(p) not in ("countertop", "sidetable", "dresser", "desk", "coffeetable"), number_of(p)), default=None
+        )
         return f"{held} is not needed. go to {place}.", f"go to {place}" if place else "look"
 
     if held:
@@ -285,7 +287,7 @@ class Expert:
 
     def act(self, observation: str, admissible: Sequence[str]) -> tuple[str, str]:
         """(thought, command) for this observation; remembers nothing until `remember` says what was really done."""
-        pairs = self.pairs if self.window is None else self.pairs[max(0, len(self.pairs) - self.window):]
+        pairs = self.pairs if self.window is None else self.pairs[max(0, len(self.pairs) - self.window) :]
         return advise(self.goal, believe(pairs, observation), admissible, self.prior, self.careless)
 
     def hasty(self, observation: str, admissible: Sequence[str]) -> tuple[str, str] | None:

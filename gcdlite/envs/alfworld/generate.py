@@ -513,10 +513,7 @@ def generate_games(out: Path, n: int, seed: int) -> dict:
         raise UserError(f"cannot write games to {out}: {fault.strerror}") from fault
     scratch = out / "draft.tw-pddl"  # an unproven game must not lie among the others
 
-    scenes = {
-        unseen: {kind: [s for s in numbers if (s in UNSEEN_SCENES) == unseen] for kind, numbers in SCENES.items()}
-        for unseen in (False, True)
-    }
+    scenes = {unseen: {kind: [s for s in numbers if (s in UNSEEN_SCENES) == unseen] for kind, numbers in SCENES.items()} for unseen in (False, True)}
     summary: dict[str, Counter] = {split: Counter() for split in _SPLITS}
     for split, task, number in _schedule(n):
         rng = random.Random(f"{seed} {split} {task} {number}")

@@ -201,9 +201,7 @@ class Lessons:
     def __exit__(self, *_: object) -> None:
         self.gold.close()
 
-    def episodes(
-        self, count: int, dice: random.Random, stray: float = 0.0, harmless: bool = False, fewer: bool = False
-    ) -> Iterator[list[Lesson]]:
+    def episodes(self, count: int, dice: random.Random, stray: float = 0.0, harmless: bool = False, fewer: bool = False) -> Iterator[list[Lesson]]:
         """`count` episodes that follow gold paths which win within the turns; `stray` is the chance of a random command
         before an action. With `harmless` these change nothing, and the episode itself is won within the turns.
 
@@ -226,7 +224,9 @@ class Lessons:
                 return
         if fewer and found:
             return
-        raise UserError(f"only {found} of {count} gold paths win within env.max_turns={self.env.max_turns}: raise it, or lower coldstart.trajectories")
+        raise UserError(
+            f"only {found} of {count} gold paths win within env.max_turns={self.env.max_turns}: raise it, or lower coldstart.trajectories"
+        )
 
     def wander(self, count: int, dice: random.Random) -> Iterator[tuple[Lesson, list[Lesson]]]:
         """`count` turns of random play in training variations of all thirty types, each with those before it in its episode."""
