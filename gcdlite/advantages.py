@@ -163,7 +163,7 @@ def plus(rows: Rows, weight: float, others: Rows) -> Rows:
 def nthr(
     group: Group, malformed: float, inadmissible: float, features: TokenRows | None, norm_over: str = "episodes", beta: float = 1.0
 ) -> TokenRows:
-    """GRPO, but tokens of lost episodes that push won ones down are punished less: A <- eta A, eta = 2 |1/2 - p|
+    """GRPO, but tokens of lost episodes that push won ones down are punished less: A <- eta A where A < 0, eta = 2 |1/2 - p|
     (Deng et al. 2025, NTHR), p the group's success rate. In the agent's reading (ours) every turn is a response.
 
     `features` are the scores s of all tokens, [episode][turn][token] (`coupling.scores`); None where all episodes were
@@ -174,7 +174,7 @@ def nthr(
         return [[[a] * len(t.response_ids) for a, t in zip(row, e.turns)] for row, e in zip(rows, group.episodes)]
     eta = 2 * abs(0.5 - group.success)
     marks = damped(group, features, beta)
-    return [[[a * eta if m else a for m in turn] for a, turn in zip(row, marked)] for row, marked in zip(rows, marks)]
+    return [[[a * eta if m and a < 0 else a for m in turn] for a, turn in zip(row, marked)] for row, marked in zip(rows, marks)]
 
 
 def damped(group: Group, scores: TokenRows, beta: float) -> list[list[list[bool]]]:

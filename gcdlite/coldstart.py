@@ -32,7 +32,7 @@ from gcdlite.envs.alfworld import generated_root
 from gcdlite.envs.alfworld.engine import Game
 from gcdlite.envs.alfworld.experts import Prior
 from gcdlite.envs.alfworld.games import IN_DOMAIN, OUT_OF_DOMAIN, find_games
-from gcdlite.envs.scienceworld.experts import ROOMS, Lesson, Lessons, astray, goal, thought
+from gcdlite.envs.scienceworld.experts import ROOMS, Lesson, Lessons, advice, astray, goal, thought
 from gcdlite.gcd.labels import verdict
 from gcdlite.lessons import (
     NAME,
@@ -255,12 +255,14 @@ def require_tag_data(config: Config) -> None:
     for folder in map(Path, filter(None, (config.model.adapter, resolve(config.model.name)))):
         if (folder / MADE).is_file():
             made = json.loads((folder / MADE).read_text())
-            if made.get("tags") and made.get("environment", config.env.name) == config.env.name:
+            if made.get("tags") and made.get("environment") == config.env.name:
                 return
+            break  # an adapter without tags on a model with them has unlearned these
         elif run := next((p for p in folder.parents[:3] if (p / "config.yaml").is_file() and (p / "events.jsonl").is_file()), None):
             settings = load(run / "config.yaml")  # an adapter of a run, which was let in
             if settings.algo.tagged and settings.env.name == config.env.name:
                 return
+            break
     if config.coldstart.from_scratch:  # nano has never read the tags: only training its embeddings, too, can teach it to write them
         flags = f"--env {config.env.name} --config {'nano-scienceworld' if config.env.name == 'scienceworld' else 'nano'}"
         make = f"{flags} coldstart.start={config.model.name} --out DIR"
@@ -297,7 +299,7 @@ def science_lessons(config: Config, dice: random.Random, count: Callable[[str], 
         if style.variant == "value":
             return Example(asked, response, "value", value)
         question = prompts.judge_prompt(style.prompt, asked, response, dice.choice(SUCCESS_RATES))
-        return Example(question, judgment_text(t.thought, t.better, t.action, value), "judgment")
+        return Example(question, judgment_text(thought(t.description, t.better), t.better, t.action, value, advice(t.better)), "judgment")
 
     wanted = 0 if cfg.variant == "vanilla" else cfg.judgments
     examples: list[Example] = []

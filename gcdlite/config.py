@@ -131,7 +131,9 @@ class Algo(Section):
     gae_gamma: Share = Field(1.0, description="ppo: discount, a response token")
     gae_lambda: Share = Field(1.0, description="ppo: lambda of generalised advantage estimation; 1: return - V")
     value_rate: Annotated[float, Field(gt=0)] = Field(1.0, description="ppo: the critic's learning rate, in units of update.lr")
-    value_coef: Annotated[float, Field(gt=0)] = Field(0.5, description="ppo: factor on the critic's loss")
+    value_coef: Annotated[float, Field(gt=0)] = Field(
+        0.5, description="ppo: factor on the critic's loss; its optimizer of its own divides it out again, but where gradients are clipped"
+    )
     value_clip: Annotated[float, Field(gt=0)] = Field(0.2, description="ppo: furthest that an update may usefully move a value")
 
     @model_validator(mode="after")
@@ -208,8 +210,6 @@ class Gcd(Section):
             )
         if self.suggest and not self.enabled:
             raise ValueError("suggestions come from judgments, which are off; add --gcd (gcd.enabled=true), or take --suggest away")
-        if self.head == "value" and not self.enabled:
-            raise ValueError("head=value is trained by --gcd only, and judges nothing without it; add --gcd (gcd.enabled=true), or take it out")
         if self.suggest and self.head == "value":
             raise ValueError("suggestions come from judgments in words, and head=value writes none; take --suggest away, or set gcd.head=generative")
         return self
@@ -335,6 +335,8 @@ class Config(Section):
     def _nothing_to_judge(self) -> Config:
         if self.algo.name in UNTRAINED and self.gcd.enabled:
             raise ValueError(f"--algo {self.algo.name} does not train, so there is nothing for --gcd to add: leave one of them out")
+        if self.gcd.head == "value" and not self.gcd.enabled and self.algo.name not in UNTRAINED:
+            raise ValueError("head=value is trained by --gcd only, and judges nothing without it; add --gcd (gcd.enabled=true), or take it out")
         return self
 
     @model_validator(mode="after")
@@ -377,12 +379,24 @@ def caveats(config: Config) -> list[str]:
     if config.reward.kind != "success":
         paid = "the score" if config.reward.kind == "score" else "the highest score that was reached"
         said.append(f"Training paid {paid}, not success (ours; the papers pay success only).")
-    made = Path(config.model.name) / "made.json"
-    if Path(config.model.name).name.startswith("nano") or made.is_file() and json.loads(made.read_text()).get("coldstart", {}).get("from_scratch"):
-        said.append(
-            "nano says nothing about larger models; its shipped weights have seen judgments in their cold start, so its runs without gcd are the paper's judge_GRPO."
-        )
+    starts = cold_starts(config)
+    if any(start.get("from_scratch") for start in starts):
+        said.append("nano says nothing about larger models.")
+    if any(shows_judgments(start) for start in starts):
+        said.append("Its cold start shows judgments: without gcd it is the paper's judge_GRPO.")
     return said
+
+
+def cold_starts(config: Config) -> list[dict[str, Any]]:
+    """`coldstart.*` of what made the weights that a run begins with: the adapter's and the model's, as far as they say so."""
+    shipped = Path(__file__).resolve().parent / "models" / config.model.name
+    places = (Path(config.model.adapter or "nowhere"), shipped if shipped.is_dir() else Path(config.model.name))
+    return [json.loads(file.read_text()).get("coldstart", {}) for place in places if (file := place / "made.json").is_file()]
+
+
+def shows_judgments(start: dict[str, Any]) -> bool:
+    """Whether a cold start with these settings shows judgments."""
+    return start["variant"] == "judge" and start["judgments"] > 0
 
 
 LABELLERS = ("rules", "oracle", "api", "self")
@@ -504,13 +518,15 @@ def _merge(base: dict, over: dict) -> dict:
 
 
 def _put(data: dict, key: str, value: Any) -> None:
-    """data["a"]["b"] = value for the key "a.b". What stands in the way is replaced: `check` finds the fault."""
+    """data["a"]["b"] = value for the key "a.b". What stands in the way is replaced: `check` finds the fault. A whole section as
+    the value goes over what is there, field by field."""
     *sections, field = key.split(".")
     for section in sections:
         if not isinstance(data.get(section), dict):
             data[section] = {}
         data = data[section]
-    data[field] = value
+    both = isinstance(value, dict) and isinstance(data.get(field), dict)
+    data[field] = _merge(data[field], value) if both else value
 
 
 def known_keys() -> list[str]:

@@ -89,6 +89,9 @@ class Critic:
                 for _ in range(cfg.update.epochs):
                     for batch in minibatches(samples, cfg.update.minibatches, rng):
                         losses["loss/value"].append(self._step([samples[i] for i in batch]))
+                if cfg.update.decay:  # as the policy's: an iteration with few episodes takes it as far
+                    for _ in range(cfg.update.epochs * cfg.update.minibatches - len(losses["loss/value"])):
+                        self.schedule.step()
         finally:
             model.eval()
         return {name: sum(found) / len(found) for name, found in losses.items()} | {"value/explained": explained(samples)}

@@ -215,13 +215,13 @@ def judgment_example(game, seen, prompt, thought, command, thing, last, style: S
         return Example(prompt, prompts.answer(why, action, tag), "value", value)
     rate = rng.choice(SUCCESS_RATES)
     question = prompts.judge_prompt(style.prompt, prompt, prompts.answer(why, action, tag), rate)
-    return Example(question, judgment_text(thought, command, action, value), "judgment")
+    return Example(question, judgment_text(thought, command, action, value, _ADVICE.get(command.split()[0], "look closer.")), "judgment")
 
 
-def judgment_text(thought: str, command: str, action: str, value: int) -> str:
+def judgment_text(thought: str, command: str, action: str, value: int, advice: str) -> str:
     """The judgment that the cold start teaches: what the expert thinks, the verdict, its command, a rule."""
     better = command if command != action else ""
-    return prompts.judgment(thought, value, better, _ADVICE.get(command.split()[0], "look closer."))
+    return prompts.judgment(thought, value, better, advice)
 
 
 _ADVICE = {

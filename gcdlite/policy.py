@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from gcdlite.backbone import SHARED_HEADS, plain, side_by_side, workers
-from gcdlite.config import Config, Rollout, Update
+from gcdlite.config import UNTRAINED, Config, Rollout, Update
 from gcdlite.packing import Pack, longest, pack
 from gcdlite.records import Sample, UserError
 from gcdlite.sampling import Completion, HeadCache, sample
@@ -364,6 +364,11 @@ def _value_head(model: PeftModel, config: Config, adapter: str | Path | None) ->
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     start = adapter if adapter is not None else config.model.adapter
+    if config.algo.name in UNTRAINED and not (start and (Path(start) / HEAD).is_file()):
+        raise UserError(
+            f"gcd.head=value with --algo {config.algo.name} evaluates a head that is there already: name an adapter with one, "
+            "model.adapter=DIR/adapter of python run.py coldstart coldstart.variant=value --out DIR"
+        )
     if adapter is not None or start and (Path(start) / HEAD).is_file():
         try:
             head.load_state_dict(adapter_weights(Path(start), HEAD))

@@ -26,7 +26,21 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 
-from gcdlite.config import CONFIG_DIR, Config, absolute, caveats, find_config, flat, ingredients, load, nearest, read_yaml, threads
+from gcdlite.config import (
+    CONFIG_DIR,
+    Config,
+    absolute,
+    caveats,
+    cold_starts,
+    find_config,
+    flat,
+    ingredients,
+    load,
+    nearest,
+    read_yaml,
+    shows_judgments,
+    threads,
+)
 from gcdlite.records import UserError
 from gcdlite.runlog import RunLog
 
@@ -82,6 +96,9 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _whole(self) -> Recipe:
         self.arms = {name: arm for name, arm in self.arms.items() if name not in self.absent}
+        self.settings = flat(self.settings)  # `gcd: {enabled: true}` is as good as `gcd.enabled: true`
+        for part in (*self.arms.values(), *self.starts.values()):
+            part.__pydantic_extra__ = flat(part.model_extra or {})
         if not self.arms:
             raise ValueError("absent names every arm, so nothing is left to run")
         self.against = self.against or next(iter(self.arms))
@@ -121,6 +138,14 @@ class Recipe(BaseModel):
         start = self.starts[name]
         before = {"coldstart.start": str(folder_of(root, start.start) / "base")} if start.start else {}
         return _words(self.settings | (start.model_extra or {}) | before)
+
+    def saw_judgments(self, arm: str) -> bool:
+        """Whether the weights that an arm begins with have been shown judgments: by its cold start here, or by what made them before."""
+        if name := self.arms[arm].start:
+            start = self.start_config(name, default_root(self)).coldstart
+            if start.from_scratch or shows_judgments(start.model_dump()):
+                return shows_judgments(start.model_dump())
+        return any(map(shows_judgments, cold_starts(load(find_config(self.config), self.overrides(arm, default_root(self))))))
 
     def start_config(self, name: str, root: Path) -> Config:
         return load(find_config(self.config), self.start_overrides(name, root))
@@ -223,10 +248,11 @@ def plan(recipe: Recipe, root: Path) -> list[Run]:
                 continue
             words, config = list(words_of[arm]), configs[arm].model_copy(deep=True)
             config.seed = seed
-            if beginning(config) in measured and config.eval.before and config.iterations:
+            if config.iterations and config.eval.before and beginning(config) in measured:
                 config.eval.before = False
                 words.append("eval.before=false")
-            measured.add(beginning(config))
+            if config.eval.before or not config.iterations:
+                measured.add(beginning(config))
             runs.append(Run(arm, seed, root / f"{arm}-s{seed}", config, words))
     return runs
 
@@ -266,6 +292,25 @@ def check(recipe: Recipe, root: Path) -> list[Run]:
         if changed:
             raise UserError(f"{folder} was made with {', '.join(changed)}; move it away, or name another folder with --out")
     return runs
+
+
+def ready(recipe: Recipe, root: Path, runs: Sequence[Run]) -> None:
+    """Raises UserError for what would stop an arm only when its turn comes, hours later: no key for an API, no data for rlvmr's tags."""
+    from gcdlite.coldstart import require_tag_data  # these load torch, which a table does without
+    from gcdlite.gcd import api
+
+    for run in runs:
+        if run.state == "finished":
+            continue
+        start = recipe.arms[run.arm].start
+        try:
+            api.check(run.config)
+            if not start:
+                require_tag_data(run.config)
+            elif run.config.algo.tagged and not recipe.start_config(start, root).algo.tagged:
+                raise UserError(f"rlvmr needs a cold start with its tags: give {start} algo.name: rlvmr")
+        except UserError as error:
+            raise UserError(f"arm {run.arm} cannot be run: {error}") from None
 
 
 def _flat(config: Config) -> dict[str, Any]:
@@ -311,6 +356,7 @@ def sweep(recipe: Recipe, root: Path, jobs: int = 1, tell: Callable[[str], None]
     Raises UserError when another sweep works in the folder, or when it holds runs of other settings.
     """
     runs = check(recipe, root)
+    ready(recipe, root, runs)
     root.mkdir(parents=True, exist_ok=True)
     log = RunLog(root)
     log.lock()
@@ -453,6 +499,8 @@ def over(values: Iterable[float | None]) -> dict[str, Any] | None:
     return {"mean": middle, "half": half, "n": len(there)}
 
 
+ALIKE = " ({n} alike)"  # said of a mean of several seeds that has no interval, since they agree
+
 # Columns of the table of behaviour: heading, key in summary.json, factor.
 BEHAVIOUR = (
     ("repeated %", "repeated", 100), ("looped %", "looped", 100), ("malformed %", "malformed", 100),
@@ -557,8 +605,9 @@ def markdown(recipe: Recipe, rows: Sequence[dict[str, Any]], note: str = "") -> 
         """A difference, the arm that it is to, and how many pairs it is of where these are not all seeds."""
         if value is None:
             return "–"
-        few = f", {value['n']} pair{'s' * (value['n'] > 1)}" if value["n"] < len(row["seeds"]) else ""
-        return f"{cell(value, factor, '+', digits)} (to {row['against']}{few})"
+        alike = value["half"] is None and value["n"] > 1
+        few = f", {value['n']} pair{'s' * (value['n'] > 1)}{' alike' * alike}" if alike or value["n"] < len(row["seeds"]) else ""
+        return f"{cell(value, factor, '+', digits).removesuffix(ALIKE.format(**value))} (to {row['against']}{few})"
 
     def cell(value: dict[str, Any] | None, factor: float = 100, sign: str = "", digits: int = 1) -> str:
         if value is None:
@@ -566,7 +615,9 @@ def markdown(recipe: Recipe, rows: Sequence[dict[str, Any]], note: str = "") -> 
         text = f"{factor * value['mean']:{sign}.{digits}f}"
         if value["half"] is not None:
             return f"{text} ± {factor * value['half']:.{digits}f}"
-        return f"{text} ({factor * value['low']:.0f}–{factor * value['high']:.0f})" if value.get("low") is not None else text
+        if value.get("low") is not None:
+            return f"{text} ({factor * value['low']:.0f}–{factor * value['high']:.0f})"
+        return text + ALIKE.format(**value) if value["n"] > 1 else text
 
     def head(*names: str) -> list[str]:
         return ["", f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
@@ -648,7 +699,20 @@ def _caption(recipe: Recipe, rows: Sequence[dict[str, Any]], note: str) -> list[
         said.append("reflection is our reading: the paper does not define it.")
     if config.env.name == "scienceworld":
         said.append("Score: the mean over episodes, of 100; a failure's is 0.")
-    said += caveats(config) + [f"{arm}: {line}" for arm, own in arms.items() for line in caveats(own) if line not in caveats(config)]
+    unlike: dict[str, list[str]] = {}  # what sets arms apart beside their method
+    for name, arm in recipe.arms.items():
+        own = [f"{key}={value}" for key, value in (arm.model_extra or {}).items() if not key.startswith(("algo.", "gcd."))]
+        if parts := [f"cold start {arm.start}"] * bool(arm.start) + own:
+            unlike.setdefault(", ".join(parts), []).append(name)
+    if len(unlike) > 1 or len(recipe.arms) > sum(map(len, unlike.values())) > 0:
+        apart = "; ".join(f"{', '.join(some)}: {parts}" for parts, some in unlike.items())
+        said.append(f"Set apart by more than the method: {apart}. Differences to other arms hold that, too.")
+    usual = [line for line in caveats(config) if "judge_GRPO" not in line]  # which arms that is true of is said below
+    said += usual + [f"{arm}: {line}" for arm, own in arms.items() for line in caveats(own) if line not in caveats(config)]
+    shown = [arm for arm in arms if recipe.saw_judgments(arm)]
+    if shown:
+        but = f" (all but {', '.join(arm for arm in arms if arm not in shown)})" if len(shown) < len(arms) else ""
+        said.append(f"Cold starts show judgments{but}: without gcd, an arm is the paper's judge_GRPO, or untrained its judge_SFT.")
     if any(row["after"] and row["iterations"] for row in rows):
         said.append("Minutes depend on what else the machine did: compare those of one sweep only.")
     return said

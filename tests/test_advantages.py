@@ -6,7 +6,7 @@ import random
 import pytest
 
 from gcdlite.advantages import (
-    damped, gae, gigpo, give_targets, grpo, meta_rewards, normalise, nthr, policy_samples, ppo, rloo, rlvmr, step_returns, step_rewards, turn_cost, zero_variance,
+    damped, gae, gigpo, give_targets, grpo, meta_rewards, normalise, nthr, policy_samples, ppo, rloo, rlvmr, step_returns, step_rewards, zero_variance,
 )  # fmt: skip
 from gcdlite.records import Episode, Group, Task, Turn
 
@@ -106,9 +106,13 @@ def test_a_score_is_earned_where_it_rises():
     assert ppo(group, 0.0, 0.0, [[[0.0] * 2, [0.0], [0.0]], [[0.0] * 3, [0.0] * 3]])[0] == [pytest.approx(row) for row in ([0.6, 0.6], [0.1], [0.1])]
 
 
-def test_gigpo_anchors_stay_in_the_group_and_look_at_the_text_only():
-    one = Group(TASK, [episode(1.0, turn(seen="a")), episode(0.0, turn(seen="b"))])
-    assert gigpo(one, 0.0, 0.0) == grpo(one, 0.0, 0.0)  # no two turns saw the same
+def test_gigpos_anchors_are_turns_that_saw_the_same_text_whatever_came_before():
+    apart = Group(TASK, [episode(1.0, turn(seen="a")), episode(0.0, turn(seen="b"))])
+    assert gigpo(apart, 0.0, 0.0) == grpo(apart, 0.0, 0.0)  # no two turns saw the same
+    # "b" was seen at the first turn of one episode and at the second of the other, after other actions: returns 0 and 1
+    met = Group(TASK, [episode(1.0, turn(seen="a", action="go"), turn(seen="b", action="open")), episode(0.0, turn(seen="b", action="look"))])
+    plain, half = grpo(met, 0.0, 0.0), 0.5 / (1 / math.sqrt(2) + 1e-6)
+    assert gigpo(met, 0.0, 0.0) == [[plain[0][0], pytest.approx(plain[0][1] + half)], [pytest.approx(plain[1][0] - half)]]
 
 
 def test_gigpo_costs_count_in_both_parts():
@@ -219,6 +223,10 @@ def slow_value(name, group, i, t, options):
     """Advantage of turn t of episode i, straight from the formula."""
     e, c, d = group.episodes[i], 0.01, 0.1
     rewards = [x.reward for x in group.episodes]
+
+    def turn_cost(turn_, malformed, inadmissible):  # a malformed answer, or else a command that was not admitted
+        return malformed if turn_.malformed else 0.0 if turn_.is_admissible else inadmissible
+
     own = turn_cost(e.turns[t], c, d)
     if name == "rloo":
         rest = [r for j, r in enumerate(rewards) if j != i]
@@ -276,6 +284,38 @@ def test_algorithms_equal_the_slow_formulas(algorithm, options):
         for i, e in enumerate(group.episodes):
             wanted = [slow_value(algorithm.__name__, group, i, t, options) for t in range(len(e.turns))]
             assert found[i] == pytest.approx(wanted, abs=1e-9)
+
+
+def test_ppo_equals_the_slow_sum():
+    """Schulman et al. 2016, Eq. 16: A_k = sum over l of (gamma lam)^l delta_{k+l}, over an episode's response tokens in a row."""
+    gamma, lam = 0.9, 0.8
+    for seed in range(20):
+        dice = random.Random(seed)
+        group = random_group(dice)
+        values = [[[dice.uniform(-1, 1) for _ in t.response_ids] for t in e.turns] for e in group.episodes]
+        found = ppo(group, 0.01, 0.1, values, gamma, lam)
+        for e, mine, theirs in zip(group.episodes, values, found):
+            v = [x for turn_ in mine for x in turn_] + [0.0]
+            r = []
+            for t, u in enumerate(e.turns):
+                last = e.reward - sum(x.earned for x in e.turns[:-1]) if u is e.turns[-1] else u.earned
+                paid = last - (0.01 if u.malformed else 0.0 if u.is_admissible else 0.1)
+                r += [0.0] * (len(u.response_ids) - 1) + [paid]
+            delta = [r[k] + gamma * v[k + 1] - v[k] for k in range(len(r))]
+            wanted = [sum((gamma * lam) ** (j - k) * delta[j] for j in range(k, len(r))) for k in range(len(r))]
+            assert [x for turn_ in theirs for x in turn_] == pytest.approx(wanted, abs=1e-9)
+
+
+def test_nthr_punishes_less_and_never_rewards_less():
+    """Where a score is paid, a lost episode may be above the mean: its tokens' rewards stay."""
+    group = Group(TASK, [episode(1.0, turn(1)), *(episode(r, turn(1)) for r in (0.9, 0.0, 0.0))])
+    for e in group.episodes[1:]:
+        e.won = False
+    scores = [[[0.0]], [[1.0]], [[1.0]], [[-1.0]]]
+    plain = grpo(group, 0.0, 0.0)
+    assert plain[1][0] > 0 and [row[0][0] for row in nthr(group, 0.0, 0.0, scores)] == [
+        plain[0][0], plain[1][0], pytest.approx(plain[2][0] * 0.5), plain[3][0],
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("beta", "norm_over"), [(1.0, "episodes"), (0.5, "turns")])

@@ -310,10 +310,13 @@ def test_rlvmr_without_tag_data_is_refused_before_anything_is_written(tiny, tmp_
             coldstart.require_tag_data(config)
     plain = Policy(tiny)
     plain.save_adapter(tmp_path / "plain")
-    (tmp_path / "plain" / "made.json").write_text(json.dumps({"tags": False}))
     tiny.model.adapter = str(tmp_path / "plain")
-    with pytest.raises(UserError, match="know its tags"):
-        coldstart.require_tag_data(tiny)
+    for made in ({"tags": False}, {"tags": True}):  # neither says that it knows them here
+        (tmp_path / "plain" / "made.json").write_text(json.dumps(made))
+        for model in (tiny.model.name, str(tmp_path / "tagged")):  # an adapter without tags has unlearned its model's
+            tiny.model.name = model
+            with pytest.raises(UserError, match="know its tags"):
+                coldstart.require_tag_data(tiny)
 
 
 @pytest.mark.parametrize(

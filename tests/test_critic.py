@@ -122,6 +122,11 @@ def test_its_rate_decays_with_the_policys(ppo_config):
         rates.append(critic.optimizer.param_groups[0]["lr"])
     assert 0 < rates[0] < critic.schedule.base_lrs[0] and rates[1] == 0  # after the last step
 
+    few = Critic(Policy(ppo_config), ppo_config)
+    alone = [s for s in make_samples(random.Random(0)) if s.unit == 0]  # one episode fills one minibatch of three
+    few.update(alone, random.Random(0))
+    assert few.optimizer.param_groups[0]["lr"] == pytest.approx(rates[0])
+
 
 def test_it_learns_what_the_turns_earn(ppo_config):
     policy = Policy(ppo_config)

@@ -592,6 +592,11 @@ def test_the_cold_start_learns_from_gold_paths_and_the_oracles_verdicts(monkeypa
     for e, value in zip(judged, verdicts_):
         judged_action = prompts.parse_response(e.prompt.split("===== The agent's answer\n")[1])[0]
         assert "science tasks" in e.prompt and (value == 0 or judged_action in BEAR_PATH)
+        _, better, said = prompts.parse_judgment(e.response)
+        meant = better or judged_action  # the expert's reason and rule, also where the agent gave one for something else
+        description = e.prompt.split("Your task is to ")[1].splitlines()[0]
+        assert meant in BEAR_PATH and said == experts.advice(meant)
+        assert e.response.startswith(f"<think>{experts.thought(description, meant)}</think>")
 
 
 @real

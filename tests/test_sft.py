@@ -88,7 +88,7 @@ def test_each_variants_example_is_what_the_engine_says_of_the_turn(games_root, s
                 examples.append(example)
     for e in found["future"]:
         head, action = e.prompt.rsplit("\n", 1)
-        assert e.response == game.copy().step(action).text and prompt in head and "household" in head or style == "brief"
+        assert e.response == game.copy().step(action).text and prompt in head and ("household" in head or style == "brief")
     assert len({e.response for e in found["future"]}) > 2 and "Nothing happens." in {e.response for e in found["future"]}
     for e in found["value"]:
         action, malformed = prompts.parse_response(e.response)

@@ -84,6 +84,7 @@ def test_themes_by_hand():
         ["repeat what worked"],
     ]
     assert suggest.themes([]) == []
+    assert suggest.themes(["先看一下抽屉。", "先看一下抽屉。", "Überprüfe die Schublade"]) == [["先看一下抽屉。"], ["überprüfe die schublade"]]
 
 
 def test_rules_fit_into_their_limits():

@@ -119,6 +119,37 @@ def test_a_recipe_can_start_from_another(tmp_path):
     assert [(r.config.steps, r.config.eval.limit) for r in sweep.plan(recipe, tmp_path)[:2]] == [(3, 4), (5, 4)]
 
 
+def test_a_whole_section_goes_over_the_configs_field_by_field(tmp_path):
+    arms = {"a": {"gcd": {"enabled": True, "turns": 4}}, "b": {"gcd.turns": 6}}
+    recipe = written(tmp_path, arms=arms, settings={"gcd": {"turns": 8, "weight": 0.5}})
+    gcds = {r.arm: r.config.gcd for r in sweep.plan(recipe, tmp_path)}
+    assert [(g.enabled, g.turns, g.weight, g.max_new_tokens, g.suggest_by) for g in gcds.values()] == [
+        (True, 4, 0.5, 64, "template"), (False, 6, 0.5, 64, "template"),  # the last two from nano.yaml
+    ]  # fmt: skip
+    assert load(CONFIG_DIR / "nano.yaml", ["gcd={enabled: true}"]).gcd.max_new_tokens == 64
+
+
+@pytest.mark.parametrize(
+    ("arms", "starts", "part"),
+    [
+        ({"a": {}, "r": {"algo.name": "rlvmr"}}, {}, "arm r cannot be run: rlvmr needs weights that know its tags"),
+        (
+            {"a": {}, "r": {"algo.name": "rlvmr", "start": "x"}},
+            {"x": {}},
+            "arm r cannot be run: rlvmr needs a cold start with its tags: give x algo.name",
+        ),
+        ({"a": {}, "p": {"gcd.enabled": True, "gcd.labeller": "api", "api.model": "m"}}, {}, "arm p cannot be run: .*OPENAI_API_KEY"),
+    ],
+)
+def test_what_would_stop_an_arm_stops_the_sweep_before_its_first_run(arms, starts, part, tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr(sweep, "side_by_side", lambda *_: pytest.fail("something was run"))
+    recipe = written(tmp_path, arms=arms, starts=starts, seeds=[0])
+    with pytest.raises(UserError, match=part):
+        sweep.sweep(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and "not run" in sweep.write(recipe, tmp_path / "out")  # tables need no key
+
+
 @pytest.mark.parametrize(
     ("text", "part"),
     [
@@ -161,6 +192,9 @@ def test_only_the_first_of_those_that_begin_alike_is_evaluated_before_training(t
     untrained = {"vanilla": {"algo.name": "vanilla"}, "grpo": {}}  # what is not trained is measured once anyway
     runs = sweep.plan(written(tmp_path, arms=untrained, seeds=[0]), tmp_path)
     assert [r.config.eval.before for r in runs] == [True, False]
+
+    later = written(tmp_path, arms={"first": {"eval.before": False}, "second": {"algo.name": "rloo"}}, seeds=[0])
+    assert [r.config.eval.before for r in sweep.plan(later, tmp_path)] == [False, True]  # the first was not measured
 
     never = written(tmp_path, settings={"eval.before": False})
     assert not any("eval.before=false" == word for r in sweep.plan(never, tmp_path)[1::2] for word in r.words[1:])
@@ -418,7 +452,7 @@ def test_the_table_pairs_seeds(recipe, tmp_path):
     finish(recipe, tmp_path, "b-s1", 0.6)
     (tmp_path / "a-s1" / "summary.json").unlink()
     text = sweep.markdown(recipe, sweep.table(recipe, tmp_path))
-    assert "| +10.0 (to a, 2 pairs) |" in text and "(to a, 2 pairs) |" in text.splitlines()[-1]  # the means beside it are of three seeds, and two
+    assert "| +10.0 (to a, 2 pairs alike) |" in text and "(to a, 2 pairs) |" in text.splitlines()[-1]  # the means beside it are of three seeds, and two
     (tmp_path / "b-s1" / "summary.json").write_text('{"levels": ')
     with pytest.raises(UserError, match="b-s1/summary.json is damaged: delete it"):
         sweep.table(recipe, tmp_path)
@@ -470,11 +504,11 @@ def test_the_text_names_labellers_seeds_and_what_was_not_run(tmp_path):
         finish(recipe, tmp_path, name, 0.5, judge=None if name == "a-s0" else 0.75)
     text = sweep.markdown(recipe, sweep.table(recipe, tmp_path), "generated games")
     lines = {line.split(" | ")[0] + " | " + line.split(" | ")[1]: line for line in text.splitlines() if line.startswith("| ")}
-    assert lines["| a | L0"].startswith("| a | L0 | 25.0 | 12.5")  # the last table of behaviour
+    assert lines["| a | L0"].startswith("| a | L0 | 25.0 (2 alike) | 12.5 (2 alike)")  # the last table of behaviour
     assert "score before" not in text
     first = text.split("\n\n| arm | level | repeated %")[0]
     assert "| a | L0 | 82.7 | – | 50.0 (10–90) | – | – | 75.0 | 10 |" in first  # equal seeds: the interval over one's games
-    assert "| rules (rules labels) | L0 |  | – | 50.0 (10–90) | – | +0.0 (to a) | 75.0 | 10 |" in first
+    assert "| rules (rules labels) | L0 |  | – | 50.0 (10–90) | – | +0.0 (to a, 2 pairs alike) | 75.0 (2 alike) | 10 |" in first
     assert "| best (rules+oracle labels: an upper bound, not GCD, 1 of 2 seeds) | L0 |  | – | 50.0 (10–90) | – | +0.0 (to rules) |" in first
     assert "| hints (rules labels, suggestions by template, one seed) | L0 |" in first
     assert "| future | L0 | 1.0 |  | not run: no such start |" in first
@@ -488,6 +522,16 @@ def test_the_text_names_labellers_seeds_and_what_was_not_run(tmp_path):
     assert len(widths) == 1
 
 
+def test_the_caption_tells_what_sets_arms_apart_and_whose_start_shows_judgments(tmp_path):
+    starts = {"bare": {"coldstart.judgments": 0}, "judge": {}, "head": {"coldstart.from_scratch": False, "coldstart.variant": "value"}}
+    arms = {"a": {}, "b": {"start": "bare", "rollout.max_new_tokens": 64}, "c": {"start": "judge", "gcd.enabled": True}, "d": {"start": "head"}}
+    text = sweep.write(written(tmp_path, arms=arms, starts=starts), tmp_path)
+    assert "Set apart by more than the method: b: cold start bare, rollout.max_new_tokens=64; c: cold start judge; d: cold start head." in text
+    assert "Cold starts show judgments (all but b): " in text  # those of nano's shipped weights, too
+    alone = sweep.write(written(tmp_path, config="qwen2.5-3b", arms={"a": {"start": "bare"}}, starts={"bare": {"coldstart.judgments": 0}}), tmp_path)
+    assert "Set apart" not in alone and "judgments" not in alone
+
+
 def test_scienceworlds_score_has_a_table_of_its_own(tmp_path):
     recipe = written(tmp_path, arms={"a": {}, "b": {}}, seeds=[0, 1], settings={"env.name": "scienceworld"})
     for seed, before in ((0, 10), (1, 20)):
@@ -499,6 +543,7 @@ def test_scienceworlds_score_has_a_table_of_its_own(tmp_path):
     text = sweep.markdown(recipe, sweep.table(recipe, tmp_path))
     assert "| arm | level | score before | after | change | difference |" in text
     assert "| b (1 of 2 seeds) | L0 | 20.0 | 31.0 | +11.0 | +6.0 (to a) |" in text
+    assert "| a | L0 | 15.0 ± 63.5 | 20.0 ± 63.5 | +5.0 (2 alike) | – |" in text
     finish(recipe, tmp_path, "b-s0", 0.0)  # every episode failed with its machine: there is no score
     assert rows_of(recipe, tmp_path)["b"]["score"]["difference"]["mean"] == 6
     (tmp_path / "greedy").mkdir()

@@ -12,12 +12,13 @@ from gcdlite import envs
 from gcdlite import train as loop
 from gcdlite.analysis import Options, gather, judgment
 from gcdlite.analysis.output import Output
+from gcdlite.config import check
 from gcdlite.evaluate import evaluate
 from gcdlite.gcd import value
 from gcdlite.gcd.judge import accuracy
 from gcdlite.gcd.labels import label
 from gcdlite.policy import HEAD, Policy
-from gcdlite.records import LabelledTurn, Sample, Turn
+from gcdlite.records import LabelledTurn, Sample, Turn, UserError
 from gcdlite.runlog import read_lines
 from gcdlite.update import make_optimizer, update
 from gcdlite.view.dashboard import method_name
@@ -115,6 +116,12 @@ def test_it_learns_its_labels_and_comes_back_with_the_adapter(head_config, small
     head_config.model.adapter = str(tmp_path)
     for again in (Policy(head_config), Policy(head_config, adapter=tmp_path)):
         assert all(torch.equal(p, q) for p, q in zip(policy.parameters(), again.parameters(), strict=True))
+    untrained = head_config.model_copy(deep=True)
+    untrained.algo.name, untrained.gcd.enabled = "vanilla", False
+    assert check(untrained.model_dump()) and torch.equal(Policy(untrained).value_head.weight, policy.value_head.weight)
+    untrained.model.adapter = None
+    with pytest.raises(UserError, match="evaluates a head that is there already: .*coldstart.variant=value"):
+        Policy(untrained)
     head_config.gcd.head = "generative"
     assert Policy(head_config).value_head is None
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(small_model), tmp_path)

@@ -107,7 +107,7 @@ def themes(advice: Sequence[str]) -> list[list[str]]:
     counts = Counter(text.lower().strip(" .!\"'") for text in advice)
     found: list[tuple[set[str], list[str], int]] = []  # words of the first piece, pieces, how many notes
     for text, n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:DISTINCT]:
-        words = set(re.findall(r"[a-z]+", text.replace("n't", " not"))) - STOP_WORDS
+        words = set(re.findall(r"[^\W\d_]+", text.replace("n't", " not"))) - STOP_WORDS
         if not words:
             continue
         for k, (other, pieces, total) in enumerate(found):

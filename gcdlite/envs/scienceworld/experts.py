@@ -299,6 +299,23 @@ _REASONS = {
     "wait1": "it takes time.",
 }
 
+_ADVICE = {
+    "open": "open what is closed before you go on.",
+    "go": "go where the next thing is to be done.",
+    "teleport": "go where the next thing is to be done.",
+    "pick": "pick up what the task needs.",
+    "move": "put a thing where the task wants it.",
+    "pour": "pour it where the task wants it.",
+    "focus": "focus on what the task names, once it is there.",
+    "activate": "turn on what the next step needs.",
+    "deactivate": "turn off what has done its work.",
+    "connect": "close the circuit, wire by wire.",
+    "mix": "mix when all the parts are together.",
+    "use": "use the tool on the thing that is asked about.",
+    "wait": "wait while something is going on.",
+    "wait1": "wait while something is going on.",
+}
+
 
 def goal(description: str) -> str:
     """What a task is about, in its own words.
@@ -313,3 +330,8 @@ def thought(description: str, action: str) -> str:
     """A plain reason to go with an action; gold paths come without any. It names the task first, so that what follows stands
     next to it: a small model that began with the action did what some other task wanted (LOG.md)."""
     return f"{goal(description)}. {_REASONS.get(action.split()[0], 'to see what is here.')}"
+
+
+def advice(action: str) -> str:
+    """A rule of which this action is an example: what a judgment of another action in its place says at its end."""
+    return _ADVICE.get(action.split()[0], "look around before you act.")
