@@ -213,6 +213,7 @@ def gae(rewards: Sequence[float], values: Sequence[float], gamma: float, lam: fl
 
 
 ALGORITHMS = {"grpo": grpo, "rloo": rloo, "gigpo": gigpo, "rlvmr": rlvmr, "nthr": nthr, "ppo": ppo}
+NEEDS = {"nthr": "scores", "ppo": "values"}  # what an algorithm gets as `features` beside the episodes; the others: nothing
 
 
 def zero_variance(groups: Sequence[Group]) -> int:

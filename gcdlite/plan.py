@@ -30,6 +30,7 @@ import torch
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from gcdlite import envs
+from gcdlite.advantages import NEEDS
 from gcdlite.config import Config
 from gcdlite.packing import CHUNK_LOGITS
 from gcdlite.policy import Policy, resolve
@@ -277,7 +278,7 @@ def _held(shape: Shape, config: Config, cuda: bool) -> dict[str, int]:
     """What is there in every phase. A start adapter (model.adapter) is taken to be as large as `lora` says."""
     base, constants = weights(shape, config, cuda)
     parameters = adapter_parameters(shape, config)
-    trained = 2 if config.algo.name == "ppo" else 1  # ppo's critic has an adapter of its own
+    trained = 2 if NEEDS.get(config.algo.name) == "values" else 1  # ppo's critic has an adapter of its own
     copies = trained + bool(config.model.adapter)  # and a frozen one is the reference
     return {"weights": base, "constants": constants, "adapters": FP32 * copies * parameters, "optimizer": 3 * FP32 * trained * parameters}
 

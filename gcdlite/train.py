@@ -54,7 +54,7 @@ def train(config: Config, folder: Path, listeners: Sequence[Listener] = (), resu
         policy = Policy(config, adapter=saved / "adapter" if saved else None)
         plan.fit(policy)
         optimizer, schedule = make_optimizer(policy, config)
-        critic = Critic(policy, config) if config.algo.name == "ppo" else None
+        critic = Critic(policy, config) if advantages.NEEDS.get(config.algo.name) == "values" else None
         state = checkpoint.restore(saved, optimizer, schedule, critic) if saved else checkpoint.State.seeded(config.seed)
         api = apis.Api(config.api, state.spent, folder / "api-spent.json") if apis.used(config) else None
         if resume:
@@ -128,13 +128,13 @@ def tasks_of(iteration: int, tasks: Sequence[Task], config: Config) -> list[Task
 def features_of(
     policy: Policy, critic: Critic | None, groups: Sequence[Group], config: Config
 ) -> tuple[list[TokenRows | None] | None, dict[str, float]]:
-    """What the algorithm must ask the model beside the episodes, one number a response token, and metrics of it.
+    """What the algorithm needs of the model beside the episodes (`advantages.NEEDS`), one number a response token, and metrics of it.
 
-    nthr: scores from hidden states, None for a group that was won or lost as a whole. ppo: values. Others: nothing.
+    `scores` come from hidden states, None for a group that was won or lost as a whole; `values` from the critic.
     """
     if critic:
         return critic.values(groups), {}
-    if config.algo.name != "nthr":
+    if advantages.NEEDS.get(config.algo.name) != "scores":
         return None, {}
     found = [coupling.scores(policy, g, config) if 0 < g.success < 1 else None for g in groups]
     scored = [(g, rows) for g, rows in zip(groups, found) if rows]
@@ -153,7 +153,7 @@ def policy_samples(groups: Sequence[Group], config: Config, features: Sequence[T
     per_group = [{"features": rows} for rows in features] if features is not None else [{}] * len(groups)
     advantage = advantages.ALGORITHMS[name]
     samples = advantages.policy_samples(groups, [advantage(g, malformed, inadmissible, **options, **of) for g, of in zip(groups, per_group)])
-    if name == "ppo":
+    if advantages.NEEDS.get(name) == "values":
         advantages.give_targets(samples, features)
     return samples
 
