@@ -191,7 +191,9 @@ def test_sums_that_were_kept_are_not_computed_again_and_go_when_all_is_done(poli
 
 def test_what_was_measured_elsewhere_stands_beside_it(policy, small_config, tmp_path):
     opts, small_config.env.name = Options(samples=8, bootstrap=20), "scienceworld"
-    first = Output(tmp_path / "first", {"options": {"parameters": "lm_head", "classes": "episodes"}, "settings": small_config.model_dump()})
+    first = Output(
+        tmp_path / "first", {"options": {"parameters": "lm_head", "classes": "episodes", "runs": []}, "settings": small_config.model_dump()}
+    )
     found = [replace(s, source="reference" if s.positive and s.domain == "OOD" else "sampled") for s in made(policy, 16, two_units=False)]
     rows = [
         {"data": "alfworld", "iteration": 0} | row | {"paper_7B": 0.5}
@@ -208,16 +210,44 @@ def test_what_was_measured_elsewhere_stands_beside_it(policy, small_config, tmp_
     assert "alfworld: nn 4+4, np 4+4*, pn 4+4, pp 4+4*; scienceworld: nn 4+4, np 4+4, " in caption and "*: with positives that an expert" in caption
     with pytest.raises(UserError, match="--classes episodes, and this is with rules"):
         similarity.check(replace(both, classes="rules"), small_config)
-    for setting, value in (("rollout.temperature", 0.3), ("model.name", "elsewhere"), ("env.protocol", "rlvmr")):
+    for setting, value in (
+        ("rollout.temperature", 0.3),
+        ("model.name", "elsewhere"),
+        ("model.adapter", "a"),
+        ("lora.r", 2),
+        ("env.protocol", "rlvmr"),
+    ):
         section, field = setting.split(".")
         other = small_config.model_copy(deep=True)
         setattr(getattr(other, section), field, value)
         with pytest.raises(UserError, match=f"was measured with {setting}=.*, and this is with {value}"):
             similarity.check(both, other)
+    with pytest.raises(UserError, match="with weights of no run, and this is with those of /.*/run"):
+        similarity.check(replace(both, runs=(tmp_path / "run",)), small_config)
     for twice in (replace(both, beside=both.beside * 2), both):
         small_config.env.name = "alfworld" if twice is both else "scienceworld"
         with pytest.raises(UserError, match="alfworld is measured twice"):
             similarity.check(twice, small_config)
+
+
+def test_an_estimate_is_the_mean_over_three_probes(policy, small_config, tmp_path):
+    found, opts = made(policy, 16), Options(samples=8, bootstrap=20, parameters="adapter")
+    rows = {r["pair"]: r["cosine"] for r in similarity.measure(policy, found, opts, small_config, output(tmp_path), "k", "x")}
+    sets = gather.draw(found, 8, small_config.seed)
+    by_draw = {pair: [] for pair in similarity.PAIRS}
+    for draw in range(3):
+        with space(policy, small_config, "adapter", draw) as where:
+            means = {}
+            for key, some in sets.items():
+                flat = [
+                    torch.cat([g.reshape(-1) for g in where.of(s.sample, [1 / len(s.sample.response_ids)] * len(s.sample.response_ids))])
+                    for s in some
+                ]
+                means[key] = torch.stack(flat).mean(0)
+        for pair, (a, b) in similarity.PAIRS.items():
+            by_draw[pair].append(torch.cosine_similarity(means["ID", a], means["OOD", b], dim=0).item())
+    for pair, values in by_draw.items():
+        assert rows[pair] == pytest.approx(sum(values) / 3, abs=1e-4) and max(values) - min(values) > 1e-3
 
 
 def test_an_empty_set_has_no_cosine(policy, small_config, tmp_path):
@@ -255,6 +285,13 @@ def test_resampling_takes_whole_episodes():
     assert gather.bootstrap_mean([1.0] * 6, [0, 0, 1, 1, 2, 2], 9, 0, share=True) == (1.0, *wilson(3, 3))  # no width would read as certainty
     assert gather.bootstrap_mean([0.0] * 6, [0, 0, 1, 1, 2, 2], 9, 0, share=True)[1:] == wilson(0, 3)
     assert gather.bootstrap_mean([1.0, 0.0], [3, 3], 9, 0) == (0.5, None, None) and gather.bootstrap_mean([], [], 9, 0)[0] is None
+
+
+def test_a_share_that_is_always_the_same_has_wilsons_interval_only_where_it_counts():
+    units = list(range(10))
+    assert gather.bootstrap_mean([1.0] * 10, units, 50, 0, share=True) == (1.0, *wilson(10, 10))
+    middle, low, high = gather.bootstrap_mean([0.3] * 10, units, 50, 0, share=True)
+    assert middle == pytest.approx(0.3) and (low is None or low <= 0.3 <= high)
 
 
 def test_the_ceiling_is_what_two_samples_of_one_population_give():
@@ -336,7 +373,7 @@ def test_conflict_compares_advantage_weighted_gradients(policy, small_config, tm
             samples.append(s.sample)
         else:
             judged.append((LabelledTurn(turn, i % 2, "oracle"), [s.sample]))
-    rows = conflict.measure(policy, samples, judged, Options(parameters="layers:1", bootstrap=20), small_config, output(tmp_path), "x")
+    rows = conflict.measure(policy, samples, judged, Options(parameters="layers:1", bootstrap=20), small_config, output(tmp_path), "k", "x")
     with space(policy, small_config, "layers:1") as where:
         sums = [
             sum(torch.cat([g.flatten() for g in reference(policy, s, where.parameters, s.advantages)]) for s in some)
@@ -415,6 +452,14 @@ def test_tokens_that_carry_coupling_are_added_up_by_hand(tmp_path):
     assert {"g", "o", "B", "D"} <= drawn and where
 
 
+def test_turns_to_compare_come_from_all_games(policy):
+    found = spoken(policy, ["look"] * 64)
+    for i, s in enumerate(found):
+        s.domain = gather.DOMAINS[i // 2 % 2]
+    units = sorted(s.unit for seed in range(8) for s in influence.choose(policy, found, 16, seed))
+    assert 24 < sum(units) / len(units) < 39 and units[-1] > 55  # of 0 to 63
+
+
 def test_turns_to_compare_are_drawn_evenly_and_stand_by_action(policy):
     found = spoken(policy, ["look", "open box", "go to desk"] * 8)
     for i, s in enumerate(found):
@@ -461,7 +506,10 @@ def test_solutions_end_in_the_answer(tmp_path):
 
 def test_a_response_that_was_cut_off_needs_its_box():
     assert qa.correct("first 3, then 4", "4") and not qa.correct("first 3, then 4", "4", whole=False)
-    assert qa.correct("\\boxed{4} and so", "4", whole=False)
+    assert qa.correct("\\boxed{4} and so", "4", whole=False) and qa.correct("\\boxed{4}, that is \\boxed{5 -", "4", whole=False)
+    assert qa.correct("\\boxed{\\frac{1}{2}} or", "0.5", whole=False)
+    for begun in ("we get 7 and \\boxed{", "7, so \\boxed{7", "it is \\boxed{\\frac{14}{2}"):  # begun is not come to
+        assert not qa.correct(begun, "7", whole=False)
 
 
 def test_subjects_of_math_are_its_domains(tmp_path, small_config):
@@ -470,7 +518,7 @@ def test_subjects_of_math_are_its_domains(tmp_path, small_config):
         for i, subject in enumerate(["Algebra", "Geometry", "Number Theory", "Precalculus"] * 3)
     ]
     (tmp_path / "math.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = gather.by_domain("math", Options(math=str(tmp_path / "math.jsonl"), games=5), 0)
+    found = gather.by_domain("math", Options(math=str(tmp_path / "math.jsonl"), questions=5), 0)
     assert {d: {q.subject for q in some} for d, some in found.items()} == {"ID": {"Geometry", "Number Theory"}, "OOD": {"Algebra", "Precalculus"}}
     assert [len(some) for some in found.values()] == [5, 5]
     rows.append(rows[0] | {"subject": "algebra"})
@@ -480,7 +528,7 @@ def test_subjects_of_math_are_its_domains(tmp_path, small_config):
 
 
 def test_halves_of_gsm8k_share_no_question(tmp_path):
-    halves = gather.by_domain("gsm8k", Options(gsm8k=str(questions(tmp_path, 30)), games=0), 0)
+    halves = gather.by_domain("gsm8k", Options(gsm8k=str(questions(tmp_path, 30)), questions=0), 0)
     one, two = ({q.id for q in some} for some in halves.values())
     assert len(one) == len(two) == 15 and not one & two
 
@@ -547,7 +595,7 @@ def test_one_long_episode_is_no_set_of_positives(policy, small_config, tmp_path,
 
 
 def test_solutions_stand_in_for_right_answers(policy, small_config, tmp_path):
-    opts = Options(reference=2, samples=4, games=2, gsm8k=str(questions(tmp_path)))
+    opts = Options(reference=2, samples=4, questions=2, gsm8k=str(questions(tmp_path)))
     found = gather.with_references([], policy, None, "gsm8k", opts, small_config, output(tmp_path / "out"))
     asked = gather.by_domain("gsm8k", opts, small_config.seed)
     assert {s.domain for s in found} == {"ID", "OOD"} and len(found) == sum(len(some) for some in asked.values())
@@ -565,7 +613,7 @@ def test_right_answers_are_positive(policy, small_config, tmp_path):
         return f"\\boxed{{{number + 1 if number % 3 else 99}}}"
 
     scripted(policy, answer)
-    some = Options(gsm8k=str(questions(tmp_path)), games=4)
+    some = Options(gsm8k=str(questions(tmp_path)), questions=4)
     found = gather.answers(policy, "gsm8k", some, small_config, output(tmp_path / "o"), Stage(0, None))
     assert len(found) == 8 and len({s.unit for s in found}) == 8 and sum(s.domain == "ID" for s in found) == 4
     for s in found:
@@ -602,6 +650,23 @@ def test_coupling_is_equation_2_and_autograds_inner_product(policy, small_config
     weight = head_weight(policy)
     one, two = (reference(policy, s.sample, [weight], [1.0] * len(s.sample.response_ids))[0] for s in (a, b))
     assert hidden.dot(one, two) == pytest.approx(want, rel=1e-4)
+
+
+def test_an_interrupted_look_at_tokens_goes_on(policy, small_config, tmp_path, monkeypatch):
+    found = made(policy, 12)
+    look = lambda name: hidden.measure(policy, found, Options(bootstrap=20), small_config, output(tmp_path / name), "k", "x")  # noqa: E731
+    whole, tell, told = look("whole"), hidden.tell, []
+
+    def once(*arguments):
+        told.append(arguments)
+        if len(told) == 5:
+            raise KeyboardInterrupt
+        return tell(*arguments)
+
+    monkeypatch.setattr(hidden, "tell", once)
+    with pytest.raises(KeyboardInterrupt):
+        look("stopped")
+    assert look("stopped") == whole and len(told) == 5 + 12 - 4  # two episodes of two turns were kept
 
 
 def test_means_over_pairs_need_no_pairs(policy, small_config, tmp_path):
@@ -892,6 +957,11 @@ def test_options_are_checked_all_at_once():
     with pytest.raises(UserError, match="3 faults") as caught:
         options("hidden", {"sets": "math", "samples": 1, "bootstrap": -3})
     assert "--sets means nothing to hidden, only to similarity" in str(caught.value)
+    for mode, given in (("inputs", {"classes": "rules"}), ("conflict", {"games": 4}), ("conflict", {"beside": "x"})):
+        with pytest.raises(UserError, match=f"--{next(iter(given))} means nothing to similarity --{mode}"):
+            options("similarity", {mode: True} | given)
+    with pytest.raises(UserError, match="one state of a model"):
+        options("similarity", {"beside": "x"}, (Path("a"), Path("b")))
     assert options("judgment", {}).levels == "L0,L1,L2" and options("similarity", {"at": None}).classes == "episodes"
 
 
@@ -900,7 +970,7 @@ def words(games_root, small_model, small_config):
     return [
         "--config", "nano", "--model", str(small_model), f"env.data={games_root}", "env.max_turns=3", "lora.r=4", "rollout.groups=2",
         "rollout.rows=0", "rollout.group_size=2", "rollout.max_new_tokens=6", "gcd.max_new_tokens=4", "gcd.labeller=oracle", "gcd.group_size=2",
-        "--games", "4", "--bootstrap", "10",
+        "--bootstrap", "10",
     ]  # fmt: skip
 
 
@@ -922,6 +992,7 @@ def test_every_analysis_leaves_tables_and_figures_and_resumes(name, more, files,
     drawn, draw = [], Output.figure
     monkeypatch.setattr(Output, "figure", lambda self, called, figure, caption: drawn.append(figure) or draw(self, called, figure, caption))
     more = [*more, "--gsm8k", str(questions(tmp_path))] if "env,gsm8k" in more or "--inputs" in more else more
+    words = words if "--conflict" in more else [*words, "--games", "4"]
     call = ["analyze", name, "--out", str(tmp_path / "out"), *words, *more]
     assert run.main(call) == 0
     table = {f: (tmp_path / "out" / f"{f}.csv").read_text() for f in files}
@@ -936,7 +1007,8 @@ def test_every_analysis_leaves_tables_and_figures_and_resumes(name, more, files,
     for figure in drawn:
         panels = [ax for ax in figure.axes if ax.axison]
         named = lambda axis: axis.get_label_text() or any(t.get_text().strip("0123456789.−") for t in axis.get_ticklabels())  # noqa: E731
-        assert not panels or (named(panels[0].yaxis) and all(named(ax.xaxis) for ax in panels))
+        for ax in panels:  # a panel may share the label of the one to its left
+            assert named(ax.xaxis) and (named(ax.yaxis) or named(panels[0].yaxis) and ax.get_shared_y_axes().joined(ax, panels[0]))
     if name == "behaviour":
         assert "not won in 3 turns" in (tmp_path / "out" / "failures.txt").read_text()
     if files == ["similarity"]:  # and what another call measures can stand in one table with it
@@ -1176,6 +1248,8 @@ def test_influence_from_the_command_line(games_root, tmp_path, monkeypatch, caps
         (["similarity", "a", "b"], "a is no run folder"),
         (["behaviour", "a", "b"], "one run folder"),
         (["similarity", "--beside", "nowhere"], "there is no similarity.json"),
+        (["similarity", "--parameters", "layers:99"], "the model has 4 layers"),
+        (["similarity", "--levels", "L0,L9"], "L9"),
         (["similarity", "--sets", "maths"], "none of env, math, gsm8k"),
         (["similarity", "--sets", "gsm8k", "--gsm8k", "nowhere"], "cannot read the questions in nowhere"),
         (["similarity", "--conflict", "--parameters", "lm_head"], "--parameters adapter"),
@@ -1196,6 +1270,33 @@ def test_bad_input_is_one_line(call, part, capsys, tmp_path, monkeypatch):
     assert run.main(["analyze", *call, "--out", "out"]) == 2
     said = capsys.readouterr().err
     assert part in said and len(said.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+def test_batches_that_were_kept_are_of_any_size(tmp_path):
+    asked = []
+
+    def work(start, some):
+        if some[0] == 4 and not asked.count(4):
+            asked.append(4)
+            raise KeyboardInterrupt
+        asked.extend(some)
+        return [x * x for x in some for _ in range(2)]
+
+    with pytest.raises(KeyboardInterrupt):
+        output(tmp_path).in_batches("x", "k", list(range(9)), 4, work)
+    asked.remove(4)
+    assert output(tmp_path).in_batches("x", "k", list(range(9)), 3, work) == [x * x for x in range(9) for _ in range(2)]
+    assert asked == list(range(9))
+
+
+def test_parts_of_another_version_are_told(tmp_path, capsys):
+    about = lambda commit: {"test": True, "made_by": {"commit": commit}}  # noqa: E731
+    Output(tmp_path, about("one")).part("k", lambda: 1)
+    assert "another version" not in capsys.readouterr().out
+    for _ in range(2):
+        again = Output(tmp_path, about("two"))
+        assert "holds parts made by another version of the program (one)" in " ".join(capsys.readouterr().out.split())
+        assert again.about["parts_by"] == [{"commit": "one"}]
 
 
 def test_a_folder_in_use_is_left_alone(tmp_path):

@@ -452,7 +452,9 @@ def test_the_table_pairs_seeds(recipe, tmp_path):
     finish(recipe, tmp_path, "b-s1", 0.6)
     (tmp_path / "a-s1" / "summary.json").unlink()
     text = sweep.markdown(recipe, sweep.table(recipe, tmp_path))
-    assert "| +10.0 (to a, 2 pairs alike) |" in text and "(to a, 2 pairs) |" in text.splitlines()[-1]  # the means beside it are of three seeds, and two
+    assert (
+        "| +10.0 (to a, 2 pairs alike) |" in text and "(to a, 2 pairs) |" in text.splitlines()[-1]
+    )  # the means beside it are of three seeds, and two
     (tmp_path / "b-s1" / "summary.json").write_text('{"levels": ')
     with pytest.raises(UserError, match="b-s1/summary.json is damaged: delete it"):
         sweep.table(recipe, tmp_path)

@@ -1,11 +1,13 @@
 """The papers' theory: every formula against a slow reference, every erratum against the printed claim."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 
-from gcdlite.analysis import theory
+from gcdlite.analysis import Options, theory
+from gcdlite.analysis.output import open_output
 from gcdlite.analysis.theory import (
     LATE_TURN,
     SHRINKING_GAP,
@@ -108,18 +110,38 @@ def test_sampling_follows_the_expected_updates():
 
 
 def test_the_table_and_every_figure_are_written(tmp_path, monkeypatch):
-    import json
-
-    from gcdlite.analysis import Options, output
-
     for name, value in (("EPISODES", 2000), ("DRAWS", 200), ("RUNS", 3), ("STEPS", 40)):
         monkeypatch.setattr(theory, name, value)
     folder = tmp_path / "out"
-    theory.run(Options(q=0.4, push=0.2, r=0.3), output.open_output("theory", Options(q=0.4, push=0.2, r=0.3), None, folder))
+    theory.run(Options(q=0.4, push=0.2, r=0.3), open_output("theory", Options(q=0.4, push=0.2, r=0.3), None, folder))
     for name in ("lemma", "push", "theorem-3-2", "theorem-a-1", "simulation"):
         assert (folder / f"{name}.png").stat().st_size > 5000 and "<svg" in (folder / f"{name}.svg").read_text()
     rows = json.loads((folder / "theory.json").read_text())["rows"]
     assert rows[0]["closed_form"] == pytest.approx(0.4 * 0.3 * -0.6) and rows[2]["closed_form"] is None  # c > r/4
+    of = {row["claim"]: row for row in rows}
+    (turn,) = [row for claim, row in of.items() if "h1/h1(0) at the turn" in claim]
+    assert turn["closed_form"] == pytest.approx(5.197, abs=1e-3)  # eta 1; SPEC's 5.19
+    assert abs(turn["simulated"] - turn["closed_form"]) < 0.5 and 0 < turn["standard_error"] < 0.3
+
+
+def test_the_readers_numbers_reach_the_simulation(tmp_path, monkeypatch):
+    monkeypatch.setattr(theory, "RUNS", 3)
+    monkeypatch.setattr(theory, "STEPS", 40)
+    ends = {}
+    for name, change in (
+        ("usual", {}),
+        ("delta", {"delta": 0.2}),
+        ("push", {"push": 0.1}),
+        ("xi", {"xi": 1.0}),
+        ("q", {"q": 0.3}),
+        ("r", {"r": 0.1}),
+    ):
+        chosen = Options(**{"q": 0.5, "r": 0.3, "delta": 0.8, "push": 0.02, "xi": 2.0} | change)
+        first, *_ = theory.simulation(chosen, np.random.default_rng(0), open_output("theory", chosen, None, tmp_path / name))
+        wanted = course(chosen.q, chosen.q, chosen.r, chosen.xi, chosen.delta, 1.0, 40, chosen.push).q2[-1]
+        assert first["closed_form"] == pytest.approx(wanted) and abs(first["simulated"] - wanted) < 0.05
+        ends[name] = wanted
+    assert len({round(end, 4) for end in ends.values()}) == len(ends)
 
 
 def test_a_mistake_that_never_happens_costs_nothing_that_can_be_told(recwarn):

@@ -31,7 +31,8 @@ PLAYING = ("similarity", "influence", "hidden", "behaviour", "judgment")
 FLAGS = (
     ("--at", str, "WHEN", PLAYING, "iterations of the run: all that it still has, last, or numbers joined by commas"),
     ("--levels", str, "NAMES", PLAYING, "levels joined by commas: in-domain, out-of-domain (judgment: any number)"),
-    ("--games", int, "N", PLAYING, "games a level, questions a domain; 0: all"),
+    ("--games", int, "N", PLAYING, "games a level; 0: all"),
+    ("--questions", int, "N", ("similarity",), "questions a domain of math and gsm8k; 0: all"),
     ("--samples", int, "N", ("similarity", "influence", "hidden", "judgment"), "samples a set"),
     ("--classes", str, "NAME", ("similarity", "influence", "hidden", "behaviour", "judgment"), "what is good: episodes (won or lost), or a labeller: rules, oracle"),
     ("--parameters", str, "NAME", ("similarity",), "whose gradient: lm_head, adapter, or layers:K"),
@@ -70,6 +71,7 @@ class Options:
     at: str = "all"
     levels: str = "L0,L2"
     games: int = 32
+    questions: int = 128
     samples: int = 64
     classes: str = "episodes"
     parameters: str = "lm_head"
@@ -103,6 +105,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+# Flags of `similarity` that its other two analyses do not read
+UNREAD = {
+    "inputs": ("classes", "parameters", "sets", "math", "reference", "beside", "answer_tokens"),
+    "conflict": ("levels", "games", "questions", "sets", "math", "gsm8k", "reference", "beside", "answer_tokens"),
+}
+
+
 def options(name: str, given: dict[str, Any], runs: Sequence[Path] = ()) -> Options:
     """The options of an analysis from the flags that were given (None: not given).
 
@@ -119,7 +128,7 @@ def options(name: str, given: dict[str, Any], runs: Sequence[Path] = ()) -> Opti
     usual = {"parameters": "adapter"} if taken.get("conflict") else DEFAULTS.get(name, {})  # a value head does not reach lm_head
     chosen = Options(runs=tuple(runs), **usual | taken)
     for setting, low, high in (
-        ("games", 0, None), ("samples", 2, None), ("answer_tokens", 1, None), ("reference", 0, None), ("bootstrap", 2, None), ("resamples", 1, None), ("turns", 1, None),
+        ("games", 0, None), ("questions", 0, None), ("samples", 2, None), ("answer_tokens", 1, None), ("reference", 0, None), ("bootstrap", 2, None), ("resamples", 1, None), ("turns", 1, None),
         ("q", 0, 1), ("r", 0, 1), ("delta", -1, 1), ("push", 0, None), ("xi", 0, None), ("lr", 0, None), ("nudge", 0, None),
     ):  # fmt: skip
         value = getattr(chosen, setting)
@@ -133,6 +142,11 @@ def options(name: str, given: dict[str, Any], runs: Sequence[Path] = ()) -> Opti
         faults.append(f"{' and '.join(map(str, runs))}: give one run folder (several: only {', '.join(SEVERAL)})")
     if chosen.inputs and chosen.conflict:
         faults.append("--inputs and --conflict are two analyses: give one of them")
+    for mode, unread in UNREAD.items():
+        if getattr(chosen, mode):
+            faults += [f"--{word.replace('_', '-')} means nothing to similarity --{mode}" for word in unread if word in taken]
+    if chosen.beside and len(runs) > 1:
+        faults.append("--beside stands beside one state of a model: give one run folder")
     if faults:
         raise UserError(faults[0] if len(faults) == 1 else "\n  ".join([f"{len(faults)} faults:", *faults]))
     return chosen

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -56,10 +57,9 @@ def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, c
     for stage in stages:
         gather.enter(policy, stage, output)
         samples, judged = material(policy, pool, options, config, labeller, output, stage)
-        measured = output.part(
-            f"conflict-{stage.key}",
-            lambda: measure(policy, samples, judged, options, config, output, f"iteration {stage.iteration}: gradients"),
-        )
+        key = f"conflict-{stage.key}"
+        measured = output.part(key, lambda: measure(policy, samples, judged, options, config, output, key, f"iteration {stage.iteration}: gradients"))
+        output.forget(f"{key}-sums-")
         rows += [{"iteration": stage.iteration} | row for row in measured]
     note = (
         f"Cosine of the gradient of sum A log pi over turns ({config.algo.name} advantages) with the gradient of another objective, with respect to "
@@ -118,9 +118,11 @@ def measure(
     options: Options,
     config: Config,
     output: Output,
+    key: str,
     what: str,
 ) -> list[dict]:
-    """One row an objective: cosine with the policy gradient, interval, ceiling, sample sizes."""
+    """One row an objective: cosine with the policy gradient, interval, ceiling, sample sizes. Each sum of gradients is kept as
+    the part `KEY-sums-…` until all is done."""
     turns = [t for t, _ in judged]
     judgments = [s for _, some in judged for s in some if any(s.advantages)]
     draws = range(DRAWS if options.parameters == "adapter" else 1)
@@ -140,13 +142,15 @@ def measure(
                         yield value_gradient(policy, where, head, t, config)
                         step()
 
-                acting = collect(weighted(samples), [s.unit for s in samples])
-                results.append(
-                    {
-                        "judgment": compare(acting, collect(weighted(judgments), [s.unit for s in judgments]), options.bootstrap, config.seed),
-                        "value": compare(acting, collect(of_value(), list(range(len(turns)))), options.bootstrap, config.seed),
-                    }
-                )
+                sums = {
+                    name: output.part(f"{key}-sums-{draw}-{name}", partial(collect, gradients, units))
+                    for name, gradients, units in (
+                        ("policy", weighted(samples), [s.unit for s in samples]),
+                        ("judgment", weighted(judgments), [s.unit for s in judgments]),
+                        ("value", of_value(), list(range(len(turns)))),
+                    )
+                }
+                results.append({name: compare(sums["policy"], sums[name], options.bootstrap, config.seed) for name in NAMES})
     sizes = {"judgment": len(judgments), "value": len(turns)}
     return [
         {"objective": NAMES[name]}

@@ -138,9 +138,12 @@ def stages_of(run: Path, at: str) -> list[Stage]:
 def enter(policy: Policy, stage: Stage, output: Output) -> None:
     """Give the policy the stage's adapter. Raises UserError when the output holds parts that other weights made."""
     adapter = stage.adapter or policy.config.model.adapter
-    files = [f for folder in filter(None, (adapter, resolve(policy.config.model.name))) for f in sorted(Path(folder).glob("*.safetensors"))]
-    small = Path(adapter or "")  # a model's own files are gigabytes: their sizes and times have to do
-    output.same(stage.key, " ".join(digest(f) if f.parent == small else f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files))
+    marks = [digest(f) for f in sorted(Path(adapter).glob("*.safetensors"))] if adapter else []
+    if (folder := Path(resolve(policy.config.model.name))).is_dir():
+        marks += [f"{f.name} {digest(f, 2**24)}" for f in sorted(folder.glob("*.safetensors"))]  # gigabytes: a beginning has to do
+    else:
+        marks.append(f"{folder} {getattr(policy.model.config, '_commit_hash', None)}")
+    output.same(stage.key, " ".join(marks))
     if stage.adapter is not None:
         policy.take_adapter(stage.adapter)
 
@@ -283,7 +286,7 @@ def _references(policy: Policy, pool: Pool | None, name: str, options: Options, 
 
 
 def by_domain(name: str, options: Options, seed: int) -> dict[str, list[qa.Question]]:
-    """At most `games` questions of each domain, drawn by seed."""
+    """At most `questions` of each domain, drawn by seed."""
     questions = qa.load(name, getattr(options, name))
     dice = random.Random(seed)
     dice.shuffle(questions)
@@ -295,7 +298,7 @@ def by_domain(name: str, options: Options, seed: int) -> dict[str, list[qa.Quest
         halves = {d: [q for q in questions if qa.domain(q) == d] for d in DOMAINS}
     else:
         halves = {d: questions[i::2] for i, d in enumerate(DOMAINS)}
-    return {d: some[: options.games or None] for d, some in halves.items()}
+    return {d: some[: options.questions or None] for d, some in halves.items()}
 
 
 def draw(found: Sequence[Specimen], count: int, seed: int) -> dict[tuple[str, bool], list[Specimen]]:
@@ -353,7 +356,7 @@ def bootstrap_mean(
     x = torch.tensor(values, dtype=torch.float64)
     if len(set(units)) < 2:
         return x.mean().item(), None, None
-    if share and x.min() == x.max():
+    if share and x.min() == x.max() and x[0] in (0, 1):
         return x.mean().item(), *wilson(round(x[0].item()) * len(set(units)), len(set(units)))
     w = resampled(units, times, seed).double()
     low, high = interval(x.mean().item(), (w @ x) / w.sum(1))

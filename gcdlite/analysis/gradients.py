@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from gcdlite.backbone import exact_logits, plain
 from gcdlite.config import Config
@@ -85,7 +86,7 @@ def space(policy: Policy, config: Config, parameters: str, draw: int = 0) -> Ite
         with _probe(policy, config, draw) as chosen, _graph(policy):
             yield Trained(policy, config, chosen)
     else:
-        with _layers(policy, layer_count(parameters, policy)) as chosen, _graph(policy):
+        with _layers(policy, layer_count(parameters, policy.model.config)) as chosen, _graph(policy):
             yield Trained(policy, config, chosen)
 
 
@@ -97,9 +98,10 @@ def check_parameters(parameters: str) -> str:
     return parameters
 
 
-def layer_count(parameters: str, policy: Policy) -> int:
+def layer_count(parameters: str, model: PretrainedConfig) -> int:
+    """K of `layers:K`. Raises UserError when the model has fewer."""
     wanted = int(check_parameters(parameters).partition(":")[2])
-    there = policy.model.config.get_text_config().num_hidden_layers
+    there = model.get_text_config().num_hidden_layers
     if wanted > there:
         raise UserError(f"--parameters {parameters}: the model has {there} layers")
     return wanted

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -207,13 +207,16 @@ def measure(
                     crossing[name][1] += own[True].n * own[False].n
                 for c in (True, False):
                     sums[c].close(own[c])
+        for p in (*raw.values(), *unit.values()):
+            p.total = None if p.total is None else p.total.cpu()  # as they come back from the disk
         return raw, unit, crossing, sketches, dropped, whole
 
     def tokens_of(places: Sequence[int]) -> list[Told]:
         mine, state = _episode_sums(), {i: states(policy, chosen[i].sample, config) for i in places}
         for i in places:
             mine[chosen[i].positive].add(matrix(head, *state[i], rows)[0])
-        return [tell(policy, head, chosen[i], *state[i], raw, mine, rows) for i in places]
+        near = {c: replace(p, total=p.total.to(policy.device)) for c, p in raw.items()}
+        return [tell(policy, head, chosen[i], *state[i], near, mine, rows) for i in places]
 
     told: list[Told | None] = [None] * len(chosen)
     with output.progress(what, 2 * len(chosen)) as step:

@@ -6,6 +6,7 @@ whose action's log-prob is compared before and after. The weights are put back e
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import torch
@@ -66,7 +67,9 @@ def name(s: Specimen) -> str:
 def choose(policy: Policy, found: Sequence[Specimen], count: int, seed: int) -> list[Specimen]:
     """`count` turns that hold an action, an equal share of each domain and class as far as there are, sorted by action."""
     usable = [s for s in found if any(action_mask(policy, s))]
-    sets = [list(some) for some in gather.draw(usable, count, seed).values()]
+    sets, dice = [list(some) for some in gather.draw(usable, count, seed).values()], random.Random(seed)
+    for some in sets:
+        dice.shuffle(some)  # they stand in the order of their games, of which all should have a chance
     chosen: list[Specimen] = []
     while len(chosen) < count and any(sets):
         for some in sets:

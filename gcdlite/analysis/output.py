@@ -16,7 +16,6 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,8 +64,15 @@ class Output:
             if not file.is_file():
                 raise UserError(f"{folder} is in use; name another with --out")
             there = json.loads(file.read_text())
-            if different := sorted(k for k in {*there, *self.about} if there.get(k) != self.about.get(k) and k != "made_by"):
+            if different := sorted(k for k in {*there, *self.about} if there.get(k) != self.about.get(k) and k not in ("made_by", "parts_by")):
                 raise UserError(f"{folder} holds an analysis with other settings ({', '.join(different)}); name another with --out")
+            before, now = [*there.get("parts_by", []), there.get("made_by", {})], self.about.get("made_by", {})
+            older = [by for by in before if by.get("commit") != now.get("commit")]
+            if older:  # their parts stay: who reads the tables must know
+                self.about["parts_by"] = older
+                self.say(
+                    f"{folder} holds parts made by another version of the program ({older[-1]['commit']}): to measure anew, name another with --out"
+                )
         try:
             (folder / "parts").mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(self.about, indent=1) + "\n")
@@ -108,11 +114,13 @@ class Output:
         """What `work(place of its first item, its items)` makes of each batch of `size` items, one after another. Each batch is
         kept as a part, so that nothing but a begun one is lost; a bar counts the items."""
         done: list[R] = []
+        start = 0
         with self.progress(what, len(items)) as step:
-            for start in range(0, len(items), size):
+            while start < len(items):
                 some = items[start : start + size]
-                done += self.part(f"{key}-{start}", partial(work, start, some))
-                for _ in some:
+                count, found = self.part(f"{key}-{start}", lambda start=start, some=some: (len(some), work(start, some)))
+                done, start = done + found, start + count  # one that was kept may be of another size: another card, less memory
+                for _ in range(count):
                     step()
         return done
 
@@ -161,9 +169,11 @@ def whose(settings: dict[str, Any] | None) -> str:
     return f"Model: {Path(settings['model']['name']).name}; {settings['env']['name']}, protocol {settings['env']['protocol']}." if settings else ""
 
 
-def digest(file: str | Path) -> str:
-    """A short name for a file's content."""
+def digest(file: str | Path, most: int | None = None) -> str:
+    """A short name for a file's content, or for its size and its first `most` bytes."""
     with open(file, "rb") as content:
+        if most:
+            return hashlib.sha256(f"{os.fstat(content.fileno()).st_size} ".encode() + content.read(most)).hexdigest()[:16]
         return hashlib.file_digest(content, "sha256").hexdigest()[:16]
 
 
@@ -171,6 +181,7 @@ def open_output(name: str, options: Options, config: Config | None, folder: Path
     """The output folder, with what is measured, how, and by which command. Raises UserError when it is in use."""
     given = asdict(options)
     given.pop("at")  # more iterations may be added to what is there
+    given["runs"] = [str(run.resolve()) for run in options.runs]
     given |= {f"{kind}_is": digest(file) for kind in ("math", "gsm8k") if (file := given[kind]) and Path(file).is_file()}
     return Output(folder, {"analysis": name, "options": given, "settings": config.model_dump() if config else None, "made_by": environment()})
 

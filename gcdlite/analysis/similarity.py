@@ -19,7 +19,7 @@ from gcdlite.analysis import output as out
 from gcdlite.analysis.gather import REFERENCE, Specimen, Stage
 from gcdlite.analysis.gradients import Summary, collect, inner, space
 from gcdlite.analysis.output import Output
-from gcdlite.config import Config
+from gcdlite.config import Config, flat
 from gcdlite.envs.base import Pool
 from gcdlite.policy import Policy
 from gcdlite.records import UserError
@@ -63,7 +63,7 @@ def run(policy: Policy, pool: Pool | None, stages: Sequence[Stage], options: Opt
         + (f" (an estimate: mean of {DRAWS} random projections to rank {config.lora.r})" if options.parameters == "adapter" else "")
         + f"; low, high: ±1.96 bootstrap standard errors over episodes; ceiling: what two samples of these sizes from one and the same "
         f"population would give, from {SPLITS} split halves. Sampled at temperature {config.rollout.temperature:g}. Positive: {meaning(options.classes)}; MATH and GSM8K: right answers."
-        " source: who wrote a set's positives; reference: an expert, or the data set (off-policy). n: samples; units: episodes, or questions."
+        " source: who wrote a set's positives; reference: an expert's turns of won episodes, or a data set's solutions (off-policy) in their place. n: samples; units: episodes, or questions."
     )
     rows = [*measured_before(options, config), *rows]
     output.table("similarity", "Gradient similarity (new paper, Table 1)", rows, note)
@@ -85,7 +85,7 @@ def measured_before(options: Options, config: Config) -> list[dict]:
 
 def finished(folder: str, options: Options, config: Config) -> list[dict]:
     """The rows of a similarity that was measured before, to stand in one table with others. Raises UserError when there are none,
-    when they are of more than one state of a model, or of another kind, model or temperature than what is measured now."""
+    when they are of more than one state of a model, or of another kind, other weights or another temperature than what is measured now."""
     file = Path(folder) / "similarity.json"
     if not file.is_file():
         raise UserError(f"--beside {folder}: there is no similarity.json; give the --out folders of finished similarity analyses")
@@ -96,13 +96,17 @@ def finished(folder: str, options: Options, config: Config) -> list[dict]:
             raise UserError(
                 f"--beside {folder} was measured with --{field} {theirs[field]}, and this is with {getattr(options, field)}: they do not compare"
             )
-    for field, was, here in (
-        ("model.name", settings["model"]["name"], config.model.name),
-        ("rollout.temperature", settings["rollout"]["temperature"], config.rollout.temperature),
-        ("env.protocol", settings["env"]["protocol"], config.env.protocol),
-    ):
-        if was != here:
-            raise UserError(f"--beside {folder} was measured with {field}={was}, and this is with {here}: they do not compare")
+    was, here = (
+        flat({"model": s["model"], "lora": s["lora"]}) | {"rollout.temperature": s["rollout"]["temperature"], "env.protocol": s["env"]["protocol"]}
+        for s in (settings, config.model_dump())
+    )
+    for field in here:
+        if was.get(field) != here[field]:
+            raise UserError(f"--beside {folder} was measured with {field}={was.get(field)}, and this is with {here[field]}: they do not compare")
+    if theirs["runs"] != (runs := [str(run.resolve()) for run in options.runs]):
+        raise UserError(
+            f"--beside {folder} was measured with weights of {' and '.join(theirs['runs']) or 'no run'}, and this is with those of {' and '.join(runs) or 'none'}: they do not compare"
+        )
     if len({(row.get("run"), row["iteration"]) for row in rows}) != 1:
         raise UserError(f"--beside {folder}: it has several iterations or runs, which make a figure of their own")
     return rows

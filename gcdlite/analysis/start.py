@@ -6,9 +6,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from gcdlite import envs
 from gcdlite.analysis import Options, gather
-from gcdlite.analysis.gradients import check_parameters
+from gcdlite.analysis.gradients import check_parameters, layer_count
 from gcdlite.analysis.output import open_output
 from gcdlite.config import Config
 from gcdlite.plan import fit
@@ -30,11 +32,15 @@ def run(name: str, options: Options, config: Config, folder: Path) -> list[dict[
     if "oracle" in options.classes or options.conflict and "oracle" in config.gcd.labeller:
         config.env.gold = True  # without its paths ScienceWorld's oracle would have no opinion
     stages = gather.stages(options.runs, options.at)
-    resolve(config.model.name)
+    model = resolve(config.model.name)
+    if options.parameters.startswith("layers:"):
+        layer_count(options.parameters, AutoConfig.from_pretrained(model))
     needs_games = module != "similarity" or "env" in options.sets.split(",")
     if not needs_games:
         return _with(None, analysis, stages, options, config, open_output(name, options, config, folder))
     with envs.closing(envs.make(config, options.runs[0] if options.runs else None)) as pool:
+        for level in options.levels.split(",") if module != "conflict" else ():
+            pool.tasks(level.strip())  # one that is not there is told now, not hours later
         return _with(pool, analysis, stages, options, config, open_output(name, options, config, folder))
 
 

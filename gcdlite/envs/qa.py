@@ -85,6 +85,16 @@ def domain(question: Question) -> str | None:
     return "ID" if question.subject in IN_DOMAIN else "OOD" if question.subject in OUT_OF_DOMAIN else None
 
 
+def _closed(text: str, start: int) -> int | None:
+    """Where the brace that is open at `start` is closed; None where it is not."""
+    depth = 1
+    for i in range(start, len(text)):
+        depth += (text[i] == "{") - (text[i] == "}")
+        if not depth:
+            return i + 1
+    return None
+
+
 def correct(response: str, answer: str, whole: bool = True) -> bool:
     """Whether the response's final answer equals the right one in value (math-verify parses and compares both). A response
     that is not `whole`, cut off at its token limit, must have come to a box: its last number would be any number.
@@ -94,7 +104,9 @@ def correct(response: str, answer: str, whole: bool = True) -> bool:
     """
     from math_verify import parse, verify
 
-    if not whole and "\\boxed{" not in response:
-        return False
+    if not whole:
+        if not (boxes := [end for begin in re.finditer(r"\\boxed\{", response) if (end := _closed(response, begin.end()))]):
+            return False
+        response = response[: max(boxes)]
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it tells of every answer that it cannot parse
     return bool(verify(parse(f"${answer}$"), parse(response)))
