@@ -313,6 +313,41 @@ def test_the_ceiling_is_what_two_samples_of_one_population_give():
     assert similarity.reliability(gradients.Summary([signal], signal[None], [0]), 0) is None
 
 
+def test_intervals_of_a_cosine_are_as_wide_as_it_varies():
+    """200 pairs of sets from one population: the bootstrap's standard error against the cosine's own spread."""
+    from statistics import median, stdev
+
+    rng, width, n = torch.Generator().manual_seed(0), 500, 16
+    truth = torch.zeros(width)
+    truth[:50] = 50**-0.5
+    for noise in (0.5, 2.0):  # of length `noise` in every direction, beside a mean of length 1
+        values, errors = [], []
+        for k in range(200):
+            x, y = (truth + noise * torch.randn(n, width, generator=rng) / width**0.5 for _ in range(2))
+            a, b = (gradients.Summary([z.mean(0)], z, list(range(n))) for z in (x, y))
+            found = similarity.compare(a, b, 100, k)
+            values.append(found["cosine"])
+            errors.append((found["cosine"] - found["low"]) / 1.96)
+        assert 0.9 < median(errors) / stdev(values) < 2.1, (noise, median(errors), stdev(values))
+
+
+def test_bootstrap_draws_of_a_cosine_are_its_derivative():
+    rng, units = torch.Generator().manual_seed(0), [0, 0, 1, 2, 2, 2]
+    x, y = torch.randn(6, 9, generator=rng) + 1, torch.randn(6, 9, generator=rng) + 1
+    a, b = (gradients.Summary([z.mean(0)], z, units) for z in (x, y))
+    ones = torch.ones(6, requires_grad=True)
+    cosine = torch.cosine_similarity(ones @ x, ones @ y, dim=0)
+    (slope_of_both,) = torch.autograd.grad(cosine, ones)
+    w, v = (gather.resampled(units, 5, 3 + k) for k in range(2))
+    swapped = [similarity.cosine_draws(one, two, 5, 3) for one, two in ((a, b), (b, a))]
+    # each set's slope alone: what is left of both when the other's counts stay 1
+    (of_a,) = torch.autograd.grad(torch.cosine_similarity(ones @ x, y.sum(0), dim=0), ones)
+    of_b = slope_of_both - of_a
+    wanted = [cosine + (w - 1) @ of_a + (v - 1) @ of_b, cosine + (w - 1) @ of_b + (v - 1) @ of_a]
+    for got, want in zip(swapped, wanted, strict=True):
+        assert torch.allclose(got, want.detach(), atol=1e-5)
+
+
 def test_tf_idf_by_hand():
     from gcdlite.analysis.inputs import cosines, mean_draws, tf_idf, upper
 
