@@ -16,7 +16,7 @@ from gcdlite import checkpoint, prompts
 from gcdlite import train as loop
 from gcdlite.analysis import Options, behaviour, conflict, curves, gather, gradients, hidden, influence, inputs, judgment, options, similarity
 from gcdlite.analysis.gather import Specimen, Stage
-from gcdlite.analysis.gradients import Head, Trained, collect, sketch, space
+from gcdlite.analysis.gradients import Head, Trained, sketch, space
 from gcdlite.analysis.output import Output
 from gcdlite.backbone import plain
 from gcdlite.config import check
@@ -256,21 +256,27 @@ def test_an_empty_set_has_no_cosine(policy, small_config, tmp_path):
     assert [r["cosine"] is None for r in rows] == [False, True, False, True] and rows[1]["n_OOD"] == 0
 
 
-def test_memory_does_not_grow_with_the_number_of_samples(policy, small_config):
-    """Tensors of the gradient's size that are alive whenever the next gradient is asked for."""
-    where, size = Head(policy, small_config), plain(policy.model).get_output_embeddings().weight.numel()
+@pytest.mark.parametrize("kind", [Head, Trained])
+def test_memory_does_not_grow_with_the_number_of_samples(kind, policy, small_config, tmp_path, monkeypatch):
+    """Numbers in tensors as large as the gradient's first one, alive whenever the next gradient is asked for."""
+    parameters = "lm_head" if kind is Head else "layers:1"
+    weight = plain(policy.model).get_output_embeddings().weight if kind is Head else plain(policy.model).base_model.layers[-1].self_attn.q_proj.weight
+    take = kind.of
 
     def most(n):
         seen = []
 
-        def each():
-            for s in made(policy, n):
-                seen.append(sum(torch.is_tensor(t) and t.numel() == size for t in gc.get_objects()))
-                yield where.of(s.sample, [1.0] * len(s.sample.response_ids))
+        def of(self, *arguments):
+            seen.append(sum(torch.is_tensor(t) and t.shape == weight.shape for t in gc.get_objects()))
+            return take(self, *arguments)
 
-        collect(each(), list(range(n)), width=101)
+        monkeypatch.setattr(kind, "of", of)
+        some = Options(samples=n, bootstrap=2, parameters=parameters)
+        similarity.measure(policy, made(policy, 4 * n), some, small_config, output(tmp_path / str(n)), "k", "x")
+        assert len(seen) == 4 * n
         return max(seen)
 
+    most(2)
     assert most(3) == most(12)
 
 
@@ -772,15 +778,18 @@ def test_the_restricted_vocabulary_drops_rows_and_says_how_much(policy, small_co
 
 
 def test_cost_is_linear_in_the_samples(policy, small_config, tmp_path, monkeypatch):
-    tokens = []
+    tokens, products, dot = [], [], hidden.dot
     monkeypatch.setattr(hidden, "errors", lambda head, h, t: tokens.append(len(t)) or gradients.errors(head, h, t))
+    monkeypatch.setattr(hidden, "dot", lambda a, b: products.append(1) or dot(a, b))
 
     def cost(n):
         tokens.clear()
+        products.clear()
         hidden.measure(policy, made(policy, n), Options(bootstrap=2), small_config, output(tmp_path / str(n)), "k", "x")
-        return sum(tokens)
+        return sum(tokens), len(products)
 
-    assert cost(12) == 2 * cost(6)
+    (few, first), (many, second), (_, third) = cost(6), cost(12), cost(24)
+    assert many == 2 * few and third - second == 2 * (second - first)  # a product an episode and class, none a pair
 
 
 @pytest.mark.parametrize(
