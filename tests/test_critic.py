@@ -120,7 +120,8 @@ def test_its_rate_decays_with_the_policys(ppo_config):
     for _ in range(2):
         critic.update(make_samples(random.Random(0)), random.Random(0))
         rates.append(critic.optimizer.param_groups[0]["lr"])
-    assert 0 < rates[0] < critic.schedule.base_lrs[0] and rates[1] == 0  # after the last step
+    assert rates == [critic.schedule.base_lrs[0] * critic.schedule.lr_lambdas[0](3), 0]  # after three steps of six, and after the last
+    assert 0 < rates[0] < critic.schedule.base_lrs[0]
 
     few = Critic(Policy(ppo_config), ppo_config)
     alone = [s for s in make_samples(random.Random(0)) if s.unit == 0]  # one episode fills one minibatch of three

@@ -333,5 +333,9 @@ def thought(description: str, action: str) -> str:
 
 
 def advice(action: str) -> str:
-    """A rule of which this action is an example: what a judgment of another action in its place says at its end."""
+    """A rule of which this action is an example: what a judgment says at its end, of this action or of another one in its place.
+
+    >>> advice("use thermometer in inventory on water"), advice("look around")
+    ('use the tool on the thing that is asked about.', 'look around before you act.')
+    """
     return _ADVICE.get(action.split()[0], "look around before you act.")
