@@ -373,17 +373,20 @@ def flat(settings: dict[str, Any]) -> dict[str, Any]:
 
 def caveats(config: Config) -> list[str]:
     """What every table of a run's results has to say of it, beside its labeller: where it is not what the papers do."""
+    judged = any(map(shows_judgments, cold_starts(config)))
+    return settings_caveats(config) + ["Its cold start shows judgments: without gcd it is the paper's judge_GRPO."] * judged
+
+
+def settings_caveats(config: Config) -> list[str]:
+    """The same without what the cold start has shown, which a sweep's table says of all arms together."""
     said = []
     if cost := config.reward.inadmissible * config.reward.success:
         said.append(f"Training charged {cost:g} for an inadmissible action (ours; not in the papers).")
     if config.reward.kind != "success":
         paid = "the score" if config.reward.kind == "score" else "the highest score that was reached"
         said.append(f"Training paid {paid}, not success (ours; the papers pay success only).")
-    starts = cold_starts(config)
-    if any(start.get("from_scratch") for start in starts):
+    if any(start.get("from_scratch") for start in cold_starts(config)):
         said.append("nano says nothing about larger models.")
-    if any(shows_judgments(start) for start in starts):
-        said.append("Its cold start shows judgments: without gcd it is the paper's judge_GRPO.")
     return said
 
 

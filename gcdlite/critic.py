@@ -24,7 +24,7 @@ from gcdlite.losses import clipped_value_loss
 from gcdlite.packing import Pack, hidden_states, longest
 from gcdlite.policy import Policy, by_sample, make_packs
 from gcdlite.records import Group, Sample
-from gcdlite.update import make_schedule, minibatches
+from gcdlite.update import catch_up, make_schedule, minibatches
 
 ADAPTER = "critic"
 
@@ -89,9 +89,7 @@ class Critic:
                 for _ in range(cfg.update.epochs):
                     for batch in minibatches(samples, cfg.update.minibatches, rng):
                         losses["loss/value"].append(self._step([samples[i] for i in batch]))
-                if cfg.update.decay:  # as the policy's: an iteration with few episodes takes it as far
-                    for _ in range(cfg.update.epochs * cfg.update.minibatches - len(losses["loss/value"])):
-                        self.schedule.step()
+                catch_up(self.schedule, cfg, len(losses.get("loss/value", ())))
         finally:
             model.eval()
         return {name: sum(found) / len(found) for name, found in losses.items()} | {"value/explained": explained(samples)}

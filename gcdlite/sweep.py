@@ -30,7 +30,6 @@ from gcdlite.config import (
     CONFIG_DIR,
     Config,
     absolute,
-    caveats,
     cold_starts,
     find_config,
     flat,
@@ -38,6 +37,7 @@ from gcdlite.config import (
     load,
     nearest,
     read_yaml,
+    settings_caveats,
     shows_judgments,
     threads,
 )
@@ -299,9 +299,7 @@ def ready(recipe: Recipe, root: Path, runs: Sequence[Run]) -> None:
     from gcdlite.coldstart import require_tag_data  # these load torch, which a table does without
     from gcdlite.gcd import api
 
-    for run in runs:
-        if run.state == "finished":
-            continue
+    for run in {run.arm: run for run in runs if run.state != "finished"}.values():  # an arm's seeds differ in nothing that counts here
         start = recipe.arms[run.arm].start
         try:
             api.check(run.config)
@@ -499,8 +497,6 @@ def over(values: Iterable[float | None]) -> dict[str, Any] | None:
     return {"mean": middle, "half": half, "n": len(there)}
 
 
-ALIKE = " ({n} alike)"  # said of a mean of several seeds that has no interval, since they agree
-
 # Columns of the table of behaviour: heading, key in summary.json, factor.
 BEHAVIOUR = (
     ("repeated %", "repeated", 100), ("looped %", "looped", 100), ("malformed %", "malformed", 100),
@@ -607,17 +603,20 @@ def markdown(recipe: Recipe, rows: Sequence[dict[str, Any]], note: str = "") -> 
             return "–"
         alike = value["half"] is None and value["n"] > 1
         few = f", {value['n']} pair{'s' * (value['n'] > 1)}{' alike' * alike}" if alike or value["n"] < len(row["seeds"]) else ""
-        return f"{cell(value, factor, '+', digits).removesuffix(ALIKE.format(**value))} (to {row['against']}{few})"
+        return f"{middle(value, factor, '+', digits)} (to {row['against']}{few})"
 
     def cell(value: dict[str, Any] | None, factor: float = 100, sign: str = "", digits: int = 1) -> str:
+        """A mean with its interval; where several seeds agree, and say nothing of one, how many these are."""
         if value is None:
             return "–"
-        text = f"{factor * value['mean']:{sign}.{digits}f}"
-        if value["half"] is not None:
-            return f"{text} ± {factor * value['half']:.{digits}f}"
-        if value.get("low") is not None:
-            return f"{text} ({factor * value['low']:.0f}–{factor * value['high']:.0f})"
-        return text + ALIKE.format(**value) if value["n"] > 1 else text
+        if value["half"] is None and value.get("low") is not None:
+            return f"{middle(value, factor, sign, digits)} ({factor * value['low']:.0f}–{factor * value['high']:.0f})"
+        alike = f" ({value['n']} alike)" if value["half"] is None and value["n"] > 1 else ""
+        return middle(value, factor, sign, digits) + alike
+
+    def middle(value: dict[str, Any], factor: float, sign: str, digits: int) -> str:
+        half = f" ± {factor * value['half']:.{digits}f}" if value["half"] is not None else ""
+        return f"{factor * value['mean']:{sign}.{digits}f}{half}"
 
     def head(*names: str) -> list[str]:
         return ["", f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
@@ -707,8 +706,8 @@ def _caption(recipe: Recipe, rows: Sequence[dict[str, Any]], note: str) -> list[
     if len(unlike) > 1 or len(recipe.arms) > sum(map(len, unlike.values())) > 0:
         apart = "; ".join(f"{', '.join(some)}: {parts}" for parts, some in unlike.items())
         said.append(f"Set apart by more than the method: {apart}. Differences to other arms hold that, too.")
-    usual = [line for line in caveats(config) if "judge_GRPO" not in line]  # which arms that is true of is said below
-    said += usual + [f"{arm}: {line}" for arm, own in arms.items() for line in caveats(own) if line not in caveats(config)]
+    usual = settings_caveats(config)
+    said += usual + [f"{arm}: {line}" for arm, own in arms.items() for line in settings_caveats(own) if line not in usual]
     shown = [arm for arm in arms if recipe.saw_judgments(arm)]
     if shown:
         but = f" (all but {', '.join(arm for arm in arms if arm not in shown)})" if len(shown) < len(arms) else ""

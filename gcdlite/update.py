@@ -41,13 +41,25 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: Config, streams: int
     """A learning rate that rises linearly for `update.warmup` optimizer steps, and then is constant, or with `update.decay`
     falls linearly, to be smallest, but not 0, at the run's last step. `streams`: optimizer steps to a minibatch."""
     cfg = config.update
-    total = config.iterations * cfg.epochs * cfg.minibatches * streams if cfg.decay else None
+    total = config.iterations * steps_of_an_iteration(config, streams) if cfg.decay else None
 
     def factor(step: int) -> float:
         rest = (total - step) / max(1, total - cfg.warmup) if total else 1.0
         return max(0.0, min(1.0, (step + 1) / (cfg.warmup + 1), rest))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def steps_of_an_iteration(config: Config, streams: int = 1) -> int:
+    """Optimizer steps of a full iteration; one with nothing to judge, or few episodes, has fewer."""
+    return config.update.epochs * config.update.minibatches * streams
+
+
+def catch_up(schedule: torch.optim.lr_scheduler.LRScheduler, config: Config, taken: int, streams: int = 1) -> None:
+    """Take a rate that decays as far as a full iteration would: it falls with the iterations, not with the steps."""
+    if config.update.decay:
+        for _ in range(steps_of_an_iteration(config, streams) - taken):
+            schedule.step()
 
 
 def update(
@@ -77,9 +89,7 @@ def update(
                     for key, value in _step(policy, samples, part, reference, optimizer, config).items():
                         totals[key].append(value)
                     schedule.step()
-        if cfg.decay:  # it falls with the iterations: one with fewer steps (nothing to judge, few episodes) takes it as far
-            for _ in range(cfg.epochs * cfg.minibatches * streams_apart(config) - len(totals["grad_norm"])):
-                schedule.step()
+        catch_up(schedule, config, len(totals.get("grad_norm", ())), streams_apart(config))
     finally:
         policy.model.eval()
         policy.changed()

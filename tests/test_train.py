@@ -135,9 +135,11 @@ def test_an_episode_whose_environment_failed_counts_nowhere(small_config):
     assert loop.advantages.zero_variance(groups) == 1 and loop.shown(groups)[-1].error == "the engine died"
 
 
+@pytest.mark.parametrize("decay", [False, True])
 @pytest.mark.parametrize("name", ["ppo", "rloo"])
-def test_training_goes_on_when_every_environment_fails(small_config, monkeypatch, tmp_path, name):
+def test_training_goes_on_when_every_environment_fails(small_config, monkeypatch, tmp_path, name, decay):
     make = envs.make
+    small_config.update.decay = decay
     monkeypatch.setattr(envs, "make", lambda *args: Failing(make(*args), range(100)))
     small_config.algo.name, small_config.steps, small_config.eval.before = name, 1, False
     summary = loop.train(small_config, tmp_path / "run")
