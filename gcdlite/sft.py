@@ -152,4 +152,4 @@ def _optimizer(policy: Policy, lr: float, warmup: int, total: int) -> tuple[torc
 
 
 def _shown(step: int, total: int) -> bool:
-    return step % 50 == 0 or step == total - 1
+    return step % min(50, max(1, total // 20)) == 0 or step == total - 1  # a large model takes a minute a step

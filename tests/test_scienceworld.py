@@ -753,6 +753,52 @@ class LuckyStep:
         return played
 
 
+@real
+def test_the_analyses_play_its_tasks(small_model, tmp_path, monkeypatch, capsys):
+    """Every analysis that plays, from the command line; positives of `similarity` are gold paths, since the agent wins nothing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for module in (scienceworld, experts):
+        monkeypatch.setattr(module, "level_tasks", lambda level, protocol: [BEAR])
+    words = [
+        "--config", "nano-scienceworld", "--model", str(small_model), "--bootstrap", "10", "lora.r=4", "env.jvms=1", "env.types=[]",
+        "env.simplification=none", "env.max_turns=6", "env.room_tokens=200", "rollout.max_new_tokens=4", "gcd.max_new_tokens=4",
+    ]  # fmt: skip
+    monkeypatch.setattr(Game, "step", Wandering(Game.step))
+
+    def table(name: str, *more: str) -> list[dict]:
+        assert run.main(["analyze", name, "--out", str(tmp_path / name), *words, *more]) == 0, capsys.readouterr().err
+        return json.loads((tmp_path / name / f"{name}.json").read_text())["rows"]
+
+    rows = {row["pair"]: row for row in table("similarity", "--reference", "2", "--samples", "8")}
+    assert {row["data"] for row in rows.values()} == {"scienceworld"} and rows["pp"]["paper_7B"] == 0.85
+    assert (rows["nn"]["n_ID"], rows["nn"]["source_ID"]) == (6, "sampled") and rows["pp"]["source_OOD"] == "reference"
+    assert rows["pp"]["n_ID"] == rows["pp"]["n_OOD"] == 8 and rows["pp"]["cosine"] > 0.5 > rows["pn"]["cosine"]  # gold paths of one task on both levels
+    (raw, cosine) = table("hidden", "--classes", "oracle", "--levels", "L0,L1")
+    assert raw["n_good"] >= 2 and raw["n_bad"] >= 2 and raw["gap"] is not None and cosine["gap"] is not None
+    judged = table("judgment", "--levels", "L0")
+    assert judged and {row["level"] for row in judged} == {"L0"}
+    flawed = table("behaviour", "--levels", "L0,L1", "--turns", "2", "--resamples", "2")
+    assert {row["level"] for row in flawed} == {"L0", "L1"}
+    assert "lifespan-longest-lived" in (tmp_path / "behaviour" / "failures.txt").read_text()
+
+
+class Wandering:
+    """Takes the first three steps of the gold path, whatever an (untrained) agent says, and then waits; what makes the path
+    itself plays on."""
+
+    def __init__(self, step):
+        self.step, self.turns = step, {}
+
+    def __get__(self, game, owner):
+        def played(action: str) -> Observation:
+            if action in BEAR_PATH:
+                return self.step(game, action)
+            turn = self.turns[id(game)] = self.turns.get(id(game), -1) + 1
+            return self.step(game, BEAR_PATH[turn] if turn < 3 else "wait1")
+
+        return played
+
+
 @pytest.fixture(scope="module")
 def science_tags(small_model, tmp_path_factory):
     """An adapter from a (tiny) cold start with tags on gold paths; without the simulator, nobody asks for it."""
