@@ -30,8 +30,9 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 @pytest.fixture
-def policy(small_config):
-    """An untrained model whose adapter is not zero, and whose lm_head is its own."""
+def policy(small_config, request):
+    """An untrained model whose adapter is not zero, and whose lm_head is its own; as it is, or with the base in 4 bit."""
+    small_config.model.quantization = getattr(request, "param", "none")
     policy = Policy(small_config)
     rng = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -682,6 +683,7 @@ def by_definition(policy, a, b):
     return total
 
 
+@pytest.mark.parametrize("policy", ["none", "nf4"], indirect=True)
 def test_coupling_is_equation_2_and_autograds_inner_product(policy, small_config):
     a, b = made(policy, 2)
     head = plain(policy.model).get_output_embeddings()
@@ -821,6 +823,7 @@ def spoken(policy, actions):
     return found
 
 
+@pytest.mark.parametrize("policy", ["none", "nf4"], indirect=True)
 def test_influence_is_a_step_and_the_weights_come_back(policy, small_config, tmp_path):
     found = spoken(policy, ["take mug 1", "look", "take mug 1", "go to desk 1"])
     before = [p.detach().clone() for p in policy.model.parameters()]
