@@ -711,6 +711,19 @@ def test_an_interrupted_look_at_tokens_goes_on(policy, small_config, tmp_path, m
         look("stopped")
     assert look("stopped") == whole and len(told) == 5 + 12 - 4  # two episodes of two turns were kept
 
+    read, states = [], hidden.states
+
+    def before_the_fourth(policy, sample, config):
+        read.append(sample)
+        if len(read) == 4:
+            raise KeyboardInterrupt
+        return states(policy, sample, config)
+
+    monkeypatch.setattr(hidden, "states", before_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        look("begun")
+    assert look("begun") == whole and len(read) == 4 + 12 - 2  # one episode was kept, and no turn is read for its tokens again
+
 
 def test_means_over_pairs_need_no_pairs(policy, small_config, tmp_path):
     found = made(policy, 9, two_units=False)

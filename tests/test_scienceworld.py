@@ -772,7 +772,8 @@ def test_the_analyses_play_its_tasks(small_model, tmp_path, monkeypatch, capsys)
     rows = {row["pair"]: row for row in table("similarity", "--reference", "2", "--samples", "8")}
     assert {row["data"] for row in rows.values()} == {"scienceworld"} and rows["pp"]["paper_7B"] == 0.85
     assert (rows["nn"]["n_ID"], rows["nn"]["source_ID"]) == (6, "sampled") and rows["pp"]["source_OOD"] == "reference"
-    assert rows["pp"]["n_ID"] == rows["pp"]["n_OOD"] == 8 and rows["pp"]["cosine"] > 0.5 > rows["pn"]["cosine"]  # gold paths of one task on both levels
+    # The gold paths of both levels are those of one task
+    assert rows["pp"]["n_ID"] == rows["pp"]["n_OOD"] == 8 and rows["pp"]["cosine"] > 0.5 > rows["pn"]["cosine"]
     (raw, cosine) = table("hidden", "--classes", "oracle", "--levels", "L0,L1")
     assert raw["n_good"] >= 2 and raw["n_bad"] >= 2 and raw["gap"] is not None and cosine["gap"] is not None
     judged = table("judgment", "--levels", "L0")

@@ -174,7 +174,7 @@ def measure(
     policy: Policy, chosen: Sequence[Specimen], options: Options, config: Config, output: Output, key: str, what: str
 ) -> tuple[list[dict], list[Told]]:
     """(rows of the table, one raw and one cosine; tokens of every sample). ([row of None], []) where there are no pairs.
-    The sums of the first pass, and each episode's tokens, are kept as parts `KEY-…` until all is done."""
+    Each episode's states and tokens, and the sums, are kept as parts `KEY-…` until all is done."""
     n = {c: sum(s.positive == c for s in chosen) for c in (True, False)}
     sizes = {"n_good": n[True], "n_bad": n[False]} | {
         f"{name}_{d}": sum(s.positive == c and s.domain == d for s in chosen) for d in gather.DOMAINS for name, c in (("good", True), ("bad", False))
@@ -186,16 +186,21 @@ def measure(
     rows = kept_rows(chosen, options.vocab, len(head.weight))
     episodes = gather.clusters([s.unit for s in chosen])  # one after the other: only one episode's sums are kept at a time
 
+    def states_of(number: int, places: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """`states` of an episode's turns: the forward passes, without which the rest takes little, are done once."""
+        kept = output.part(f"{key}-states-{number}", lambda: [[t.cpu() for t in states(policy, chosen[i].sample, config)] for i in places])
+        return [(hidden.to(policy.device), targets.to(policy.device)) for hidden, targets in kept]
+
     def all_sums():
         """(sums of the classes, raw and of unit length; what crosses inside episodes; sketches; |g|^2 left out, and in all)"""
         raw, unit = ({True: Pairs(), False: Pairs()} for _ in range(2))
         crossing = {"raw": [0.0, 0], "cosine": [0.0, 0]}
         sketches = [torch.empty(0)] * len(chosen)
         dropped = whole = 0.0
-        for places in episodes:
+        for number, places in enumerate(episodes):
             mine, mine_unit = _episode_sums(), _episode_sums()
-            for i in places:
-                m, left, all_ = matrix(head, *states(policy, chosen[i].sample, config), rows)
+            for i, state in zip(places, states_of(number, places)):
+                m, left, all_ = matrix(head, *state, rows)
                 dropped, whole = dropped + left, whole + all_
                 mine[chosen[i].positive].add(m)
                 mine_unit[chosen[i].positive].add(m / m.norm())
@@ -211,18 +216,18 @@ def measure(
             p.total = None if p.total is None else p.total.cpu()  # as they come back from the disk
         return raw, unit, crossing, sketches, dropped, whole
 
-    def tokens_of(places: Sequence[int]) -> list[Told]:
-        mine, state = _episode_sums(), {i: states(policy, chosen[i].sample, config) for i in places}
-        for i in places:
-            mine[chosen[i].positive].add(matrix(head, *state[i], rows)[0])
+    def tokens_of(number: int, places: Sequence[int]) -> list[Told]:
+        mine, found = _episode_sums(), states_of(number, places)
+        for i, state in zip(places, found):
+            mine[chosen[i].positive].add(matrix(head, *state, rows)[0])
         near = {c: replace(p, total=p.total.to(policy.device)) for c, p in raw.items()}
-        return [tell(policy, head, chosen[i], *state[i], near, mine, rows) for i in places]
+        return [tell(policy, head, chosen[i], *state, near, mine, rows) for i, state in zip(places, found)]
 
     told: list[Told | None] = [None] * len(chosen)
     with output.progress(what, 2 * len(chosen)) as step:
         raw, unit, crossing, sketches, dropped, whole = output.part(f"{key}-sums", all_sums)
         for number, places in enumerate(episodes):
-            for i, text in zip(places, output.part(f"{key}-tokens-{number}", partial(tokens_of, places)), strict=True):
+            for i, text in zip(places, output.part(f"{key}-tokens-{number}", partial(tokens_of, number, places)), strict=True):
                 told[i] = text
                 step()
     table, positive, units = torch.stack(sketches), [s.positive for s in chosen], [s.unit for s in chosen]
