@@ -11,6 +11,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 from torch import nn
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from gcdlite import checkpoint, prompts
 from gcdlite import train as loop
@@ -1082,6 +1083,45 @@ def test_every_analysis_leaves_tables_and_figures_and_resumes(name, more, files,
     assert {f: (tmp_path / "out" / f"{f}.csv").read_text() for f in files} == table
     assert run.main([*call, "seed=5"]) == 2
     assert "other settings (settings)" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def small_qwen(small_model, tmp_path_factory):
+    """A folder with an untrained two-layer model of Qwen2.5's kind: biases, grouped heads, tied embeddings."""
+    folder = tmp_path_factory.mktemp("qwen")
+    tokenizer = AutoTokenizer.from_pretrained(small_model)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), tie_word_embeddings=True, **shape)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("similarity", ["--parameters", "adapter", "--samples", "4", "--classes", "oracle"]),
+        ("influence", ["--samples", "4", "--classes", "oracle"]),
+        ("hidden", ["--samples", "4", "--vocab", "occurring"]),
+        ("behaviour", ["--turns", "2", "--resamples", "2"]),
+        ("judgment", ["--samples", "2", "--levels", "L0"]),
+    ],
+)
+def test_every_analysis_works_with_qwens_settings_in_4_bit(name, more, games_root, small_qwen, monkeypatch, tmp_path):
+    import run
+
+    written = Policy.generate
+
+    def generate(self, asked, **how):  # it writes, but nothing that has an action
+        ids = self.tokenizer("<think>x</think><action>look</action>", add_special_tokens=False)["input_ids"]
+        return [Completion(ids, [-1.0] * len(ids)) for _ in written(self, asked, **how)]
+
+    monkeypatch.setattr(Policy, "generate", generate)
+    short = ["rollout.max_new_tokens=6", "gcd.max_new_tokens=4", "env.max_turns=3", "lora.r=4", "--bootstrap", "10", "--games", "3"]
+    call = ["analyze", name, "--config", "qwen2.5-1.5b", "--model", str(small_qwen), f"env.data={games_root}", "--out", str(tmp_path), *short, *more]
+    assert run.main(call) == 0
+    table = json.loads((tmp_path / f"{name}.json").read_text())
+    assert table["about"]["settings"]["model"]["quantization"] == "nf4" and table["rows"]
 
 
 @pytest.fixture(scope="module")
