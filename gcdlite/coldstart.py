@@ -317,7 +317,8 @@ def science_lessons(config: Config, dice: random.Random, count: Callable[[str], 
                     judged[value].append(beside(t, turns[:i], value))
             if sum(map(len, judged.values())) == wanted:
                 break
-    print(f"{len(judged[1])} good and {len(judged[0])} bad turns to judge, of {wanted} wanted", flush=True)
+    if wanted:
+        print(f"{len(judged[1])} good and {len(judged[0])} bad turns to judge, of {wanted} wanted", flush=True)
     return examples + judged[0] + judged[1]
 
 
