@@ -18,6 +18,7 @@ from gcdlite import train as loop
 from gcdlite.analysis import Options, behaviour, conflict, curves, gather, gradients, hidden, influence, inputs, judgment, options, similarity
 from gcdlite.analysis.gather import Specimen, Stage
 from gcdlite.analysis.gradients import Head, Trained, sketch, space
+from gcdlite.analysis import output as out
 from gcdlite.analysis.output import Output
 from gcdlite.backbone import plain
 from gcdlite.config import check
@@ -970,6 +971,13 @@ def test_verdicts_are_compared_with_the_chosen_labeller(policy, small_config, mo
     good, bad, both = found[0]
     assert (good["n"], good["accuracy"], bad["n"], bad["accuracy"], both["accuracy"]) == (4, 0.5, 4, 0.5, 0.5)
     assert (good["rules"], good["n_rules"], bad["rules"], bad["n_rules"]) == (0.0, 1, 1.0, 1) and asked == [0.5]
+
+
+def test_ticks_of_neighbouring_iterations_do_not_overlap():
+    for iterations, shown in (([0, 5, 10, 19, 20], "0 5 10 20"), ([3], "3"), (list(range(25)), "0 2 4 6 8 10 12 14 16 18 20 22 24")):
+        ax = out.axes()[1]
+        out.training_axis(ax, iterations)
+        assert list(ax.get_xticks()) == iterations and " ".join(t.get_text() for t in ax.get_xticklabels()).split() == shown.split()
 
 
 def test_a_share_of_one_has_error_bars(tmp_path):

@@ -189,8 +189,7 @@ def draw_flaws(rows: Sequence[dict], consistency: Sequence[dict], note: str, out
     out.series(panels[1][0], 3, *shifted(mine, 3, iterations, "high_share", "high_share_low", "high_share_high"), label="repeated, of high")
     panels[1][0].set_ylabel("consistency, share of equal answers")
     for ax in panels.flat:
-        ax.set_xlabel("training iteration")
-        ax.set_xticks(iterations)
+        out.training_axis(ax, iterations)
         ax.margins(x=0.3)
         ax.set_ylim(bottom=0)
     for ax, place in (

@@ -206,8 +206,7 @@ def draw_figure(rows: Sequence[dict], note: str, output: Output) -> None:
         out.series(ax, i, [r["iteration"] + aside for r in mine], *([r[k] for r in mine] for k in ("cosine", "low", "high")), label=name)
     ax.axhline(0, color="0.0", lw=0.8)
     ax.set_ylabel("cosine with the policy gradient")
-    ax.set_xlabel("training iteration")
-    ax.set_xticks(iterations)
+    out.training_axis(ax, iterations)
     ax.margins(x=0.3)
     if ax.containers:
         ax.legend()

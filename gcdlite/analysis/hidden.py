@@ -284,9 +284,8 @@ def draw_gap(rows: Sequence[dict], note: str, output: Output) -> None:
             mine = [r for r in some if r["measure"] == name]
             out.series(ax, i, *([r[k] for r in mine] for k in ("iteration", "gap", "low", "high")), label=run or "gap")
         ax.axhline(0, color="0.0", lw=0.8)
-        ax.set_xticks(sorted({r["iteration"] for r in rows}))
+        out.training_axis(ax, sorted({r["iteration"] for r in rows}))
         ax.margins(x=0.3)
-        ax.set_xlabel("training iteration")
         ax.set_ylabel(f"coupling, same − cross class ({name})")
     if len(runs) > 1 and panels[1].containers:
         panels[1].legend()

@@ -131,8 +131,7 @@ def draw_figure(rows: Sequence[dict], note: str, output: Output) -> None:
         for i, level in enumerate(levels):
             mine = [r for r in rows if r["class"] == "balanced" and r["level"] == level]
             out.series(ax, i, *([r[k] for r in mine] for k in ("iteration", "accuracy", "low", "high")), label=level)
-        ax.set_xlabel("training iteration")
-        ax.set_xticks(iterations)
+        out.training_axis(ax, iterations)
     ax.axhline(0.5, color="0.0", lw=0.8, ls=":")
     ax.set_ylim(0, 1.05)
     ax.set_ylabel("accuracy of the verdicts" + ("" if len(iterations) == 1 else ", balanced"))

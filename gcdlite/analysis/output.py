@@ -213,6 +213,17 @@ def series(ax, i: int, x: Sequence[float], y: Sequence[float | None], low: Seque
     ax.errorbar(xs, ys, yerr=errors(ys, lows, highs), label=label, capsize=2, **look(i))
 
 
+def training_axis(ax, iterations: Sequence[int]) -> None:
+    """Ticks at these iterations, in order; a number that would stand on that of a later one (19 beside 20) is left out."""
+    labels: dict[int, str] = {}
+    last = iterations[-1]
+    for i in reversed(iterations):
+        if i == iterations[-1] or last - i >= (iterations[-1] - iterations[0]) / 12:
+            labels[i], last = str(i), i
+    ax.set_xticks(iterations, [labels.get(i, "") for i in iterations])
+    ax.set_xlabel("training iteration")
+
+
 def errors(values: Sequence[float], low: Sequence[float | None], high: Sequence[float | None]) -> list[list[float]]:
     """[lengths down, lengths up] of error bars, 0 where there is no interval. Rounding may put a bound just inside its value."""
     down = [0.0 if bound is None else max(0.0, value - bound) for value, bound in zip(values, low)]

@@ -280,8 +280,7 @@ def draw_figure(rows: Sequence[dict], note: str, output: Output) -> None:
                 columns = ([r[key] for r in mine] for key in ("iteration", "cosine", "low", "high"))
                 out.series(ax, i, *columns, label=pair)
             ax.set_title(f"{d}, {name}" if name else d, fontsize=9)
-            ax.set_xlabel("training iteration")
-            ax.set_xticks(iterations)
+            out.training_axis(ax, iterations)
         panels[0][0].set_ylabel("cosine of mean gradients")
         lines = {label: line for ax in panels[0] for line, label in zip(*ax.get_legend_handles_labels())}  # a panel may lack some
         if lines:
