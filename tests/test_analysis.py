@@ -1086,6 +1086,7 @@ def test_every_analysis_leaves_tables_and_figures_and_resumes(name, more, files,
         assert run.main(["analyze", name, "--out", str(tmp_path / "two"), *beside, *questions_of_math]) == 0
         rows = json.loads((tmp_path / "two" / "similarity.json").read_text())["rows"]
         assert [r["data"] for r in rows] == ["alfworld"] * 4 + ["gsm8k"] * 4 + ["math"] * 4 and not list((tmp_path / "two" / "parts").glob("sums-*"))
+        assert re.search(r"Model: \S+; protocol single\.", (tmp_path / "two" / "similarity.txt").read_text())  # of several environments, maybe
     monkeypatch.setattr(Policy, "generate", None)  # nothing may be asked again
     assert run.main(call) == 0
     assert {f: (tmp_path / "out" / f"{f}.csv").read_text() for f in files} == table

@@ -66,6 +66,8 @@ def run(policy: Policy, pool: Pool | None, stages: Sequence[Stage], options: Opt
         " source: who wrote a set's positives; reference: an expert's turns of won episodes, or a data set's solutions (off-policy) in their place. n: samples; units: episodes, or questions."
     )
     rows = [*measured_before(options, config), *rows]
+    if options.beside:  # what is measured may be another environment than the settings' own
+        output.of = f"Model: {Path(config.model.name).name}; protocol {config.env.protocol}."
     output.table("similarity", "Gradient similarity (new paper, Table 1)", rows, note)
     draw_figure(rows, note, output)
 
