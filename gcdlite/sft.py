@@ -152,4 +152,9 @@ def _optimizer(policy: Policy, lr: float, warmup: int, total: int) -> tuple[torc
 
 
 def _shown(step: int, total: int) -> bool:
-    return step % min(50, max(1, total // 20)) == 0 or step == total - 1  # a large model takes a minute a step
+    """Whether a step is reported: every twentieth part of them (a large model takes a minute a step), at least every fiftieth, and the last.
+
+    >>> [step for step in range(100) if _shown(step, 100)][:4], [step for step in range(2000) if _shown(step, 2000)][-2:]
+    ([0, 5, 10, 15], [1950, 1999])
+    """
+    return step % min(50, max(1, total // 20)) == 0 or step == total - 1

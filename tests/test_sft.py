@@ -124,7 +124,7 @@ def test_trls_trainer_ends_where_our_own_loop_ends(nano_config, tmp_path):
     one, other, before = (torch.cat([p.detach().flatten() for p in policy.parameters()]) for policy in (ours, theirs, start))
     assert (one - other).norm() < 0.02 * (one - before).norm()  # Adam blows rounding up where a gradient is near 0
     assert not theirs.model.training and not list(tmp_path.iterdir())
-    assert [a[:2] for a in said] == [(0, len(batches)), (len(batches) - 1, len(batches))]
+    assert len(batches) < 20 and [a[:2] for a in said] == [(k, len(batches)) for k in range(len(batches))]
 
 
 def test_only_response_tokens_are_in_the_loss(nano_config, tmp_path):
@@ -243,7 +243,7 @@ def test_the_first_loss_with_a_value_head_by_hand(head_config):
     sft.tune_with_head(
         policy, rows, labels, [range(7)] * 5, lr=3e-3, warmup=1, weight=0.6, report=lambda step, total, loss, speed: losses.append(loss)
     )
-    assert losses[0] == pytest.approx(wanted, rel=1e-4) and losses[1] < losses[0] - 0.05 and not policy.model.training
+    assert losses[0] == pytest.approx(wanted, rel=1e-4) and losses[-1] < losses[0] - 0.05 and not policy.model.training
 
 
 def test_without_weight_the_head_changes_nothing(head_config):
