@@ -636,7 +636,9 @@ def test_one_long_episode_is_no_set_of_positives(policy, small_config, tmp_path,
         return {s.source for s in gather.with_references(found, policy, None, "env", Options(reference=8), small_config, folder) if s.positive}
 
     assert kept(48) == {"sampled"} and kept(3) == {"reference"}
-    asked = [gather.with_references(made(policy, 16), policy, None, "env", Options(reference=n), small_config, output(tmp_path / f"n{n}")) for n in (4, 5)]
+    asked = [
+        gather.with_references(made(policy, 16), policy, None, "env", Options(reference=n), small_config, output(tmp_path / f"n{n}")) for n in (4, 5)
+    ]
     assert [{s.source for s in some if s.positive} for some in asked] == [{"sampled"}, {"reference"}]  # there are four a domain: "fewer than"
 
 
