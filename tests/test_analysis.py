@@ -1186,6 +1186,28 @@ def test_the_course_of_a_run(name, more, figures, kept_run, tmp_path):
     assert name == "judgment" or without[0] != without[1]
 
 
+@pytest.mark.parametrize(("name", "value"), [("hidden", "gap"), ("similarity", "cosine")])
+def test_all_states_look_at_the_turns_of_the_first(name, value, kept_run, tmp_path, monkeypatch):
+    import run
+
+    def look(folder: str, at: str, *more: str) -> dict[int, list[dict]]:
+        words = ["--games", "6", "--samples", "4", "--bootstrap", "10", "--classes", "oracle", "--at", at, "--out", str(tmp_path / folder)]
+        assert run.main(["analyze", name, str(kept_run), *words, *more]) == 0
+        rows = json.loads((tmp_path / folder / f"{name}.json").read_text())["rows"]
+        return {i: [r for r in rows if r["iteration"] == i] for i in {r["iteration"] for r in rows}}
+
+    own, same = look("own", "0,2"), look("same", "0,2", "--same-turns")
+    assert same[0] == own[0] and same[2] != own[2] and all(row[value] is not None for row in same[0] + same[2])
+    assert [row[value] for row in same[2]] != [row[value] for row in same[0]]  # other weights …
+    counts = [k for k in same[0][0] if k.startswith(("n_", "units_", "good_", "bad_"))]
+    assert counts and [[row[k] for k in counts] for row in same[2]] == [[row[k] for k in counts] for row in same[0]]  # … on the same turns
+    assert {f.name.split("-")[1] for f in (tmp_path / "same" / "parts").glob("episodes-*")} == {"000000"}
+    later = look("same", "1,2", "--same-turns")  # now those of iteration 1, whose sums must not be taken for the others
+    assert later[2] != same[2] and look("same", "0,2", "--same-turns") == same
+    monkeypatch.setattr(Policy, "generate", None)
+    assert "the first one did" in (tmp_path / "same" / f"{name}.txt").read_text() and look("same", "0,2", "--same-turns") == same
+
+
 @pytest.mark.parametrize(("name", "more"), [("hidden", ["--samples", "4"]), ("similarity", ["--samples", "3", "--classes", "oracle"])])
 def test_two_runs_stand_side_by_side(name, more, kept_run, tmp_path, capsys):
     """The second run holds the first one's adapters in another order, so that its rows must be the first one's in that order."""

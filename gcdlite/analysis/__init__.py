@@ -44,6 +44,7 @@ FLAGS = (
     ("--conflict", bool, None, ("similarity",), "instead: cosine of the policy gradient with judging and with a value head"),
     ("--answer-tokens", int, "N", ("similarity",), "longest answer to a question, in tokens"),
     ("--reference", int, "N", ("similarity",), "where fewer than N positives were sampled, take an expert's turns and the data sets' solutions in their place (off-policy); 0: never"),
+    ("--same-turns", bool, None, ("similarity", "hidden"), "all states look at what the first one did: the model changes, the turns do not"),
     ("--bootstrap", int, "N", PLAYING, "bootstrap samples behind an interval"),
     ("--lr", float, "X", ("influence",), "step size; unset: chosen from --nudge"),
     ("--nudge", float, "X", ("influence",), "what a step adds to its own sample's mean token log-prob, to first order, on average"),
@@ -83,6 +84,7 @@ class Options:
     conflict: bool = False
     answer_tokens: int = 384
     reference: int = 0
+    same_turns: bool = False
     bootstrap: int = 400
     lr: float | None = None
     nudge: float = 0.1
@@ -107,8 +109,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 # Flags of `similarity` that its other two analyses do not read
 UNREAD = {
-    "inputs": ("classes", "parameters", "sets", "math", "reference", "beside", "answer_tokens"),
-    "conflict": ("levels", "games", "questions", "sets", "math", "gsm8k", "reference", "beside", "answer_tokens"),
+    "inputs": ("classes", "parameters", "sets", "math", "reference", "beside", "answer_tokens", "same_turns"),
+    "conflict": ("levels", "games", "questions", "sets", "math", "gsm8k", "reference", "beside", "answer_tokens", "same_turns"),
 }
 
 

@@ -135,6 +135,12 @@ def stages_of(run: Path, at: str) -> list[Stage]:
     return [Stage(n, there[n]) for n in chosen]
 
 
+def whose_turns(stage: Stage, first: Stage, options: Options) -> tuple[Stage, str]:
+    """(the state whose turns a stage is asked about, the name of what is measured then): its own, or with `--same-turns` those of
+    the first, which has played by then."""
+    return (first, f"of-{first.key}-{stage.key}") if options.same_turns and stage != first else (stage, stage.key)
+
+
 def enter(policy: Policy, stage: Stage, output: Output) -> None:
     """Give the policy the stage's adapter. Raises UserError when the output holds parts that other weights made."""
     adapter = stage.adapter or policy.config.model.adapter

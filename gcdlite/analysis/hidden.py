@@ -47,10 +47,11 @@ def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, c
     told: dict[str, tuple[Stage, list[Told]]] = {}  # the last stage of each run
     for stage in stages:
         gather.enter(policy, stage, output)
-        episodes = gather.episodes_of(policy, pool, levels, config, options.games, output, stage)
+        player, state = gather.whose_turns(stage, stages[0], options)
+        episodes = gather.episodes_of(policy, pool, levels, config, options.games, output, player)
         found = gather.draw(gather.specimens(episodes, options.classes, config), options.samples, config.seed)
         chosen = [s for some in found.values() for s in some]
-        key = f"hidden-{stage.key}"
+        key = f"hidden-{state}"
         measured, tokens = output.part(key, lambda: measure(policy, chosen, options, config, output, key, f"iteration {stage.iteration}: coupling"))
         output.forget(f"{key}-")
         rows += [stage.columns | row for row in measured]
@@ -59,6 +60,8 @@ def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, c
     note = (
         f"Mean coupling of Equation 2 over pairs of turns from different episodes, of one class (same) and of both (cross); classes: {meant}. cosine: every M scaled "
         "to length 1. Low, high: of the gap, ±1.96 bootstrap standard errors over episodes. dropped: share of |g|² in vocabulary rows left out."
+        + " All states look at what the first one did."
+        * options.same_turns
     )
     output.table("hidden", "Hidden-state coupling (old paper, Fig. 8)", rows, note)
     draw_gap(rows, note, output)

@@ -47,9 +47,12 @@ def run(policy: Policy, pool: Pool | None, stages: Sequence[Stage], options: Opt
     sets, rows = options.sets.split(","), []
     for stage in stages:
         gather.enter(policy, stage, output)
+        player, state = gather.whose_turns(stage, stages[0], options)
         for name in sets:
-            found = gather.with_references(specimens(policy, pool, name, options, config, output, stage), policy, pool, name, options, config, output)
-            key = f"{stage.key}-{name}"
+            found = gather.with_references(
+                specimens(policy, pool, name, options, config, output, player), policy, pool, name, options, config, output
+            )
+            key = f"{state}-{name}"
             measured = output.part(
                 f"similarity-{key}",
                 lambda: measure(policy, found, options, config, output, key, f"iteration {stage.iteration}: gradients of {name}"),
@@ -64,6 +67,8 @@ def run(policy: Policy, pool: Pool | None, stages: Sequence[Stage], options: Opt
         + f"; low, high: ±1.96 bootstrap standard errors over episodes; ceiling: what two samples of these sizes from one and the same "
         f"population would give, from {SPLITS} split halves. Sampled at temperature {config.rollout.temperature:g}. Positive: {meaning(options.classes)}; MATH and GSM8K: right answers."
         " source: who wrote a set's positives; reference: an expert's turns of won episodes, or a data set's solutions (off-policy) in their place. n: samples; units: episodes, or questions."
+        + " All states look at what the first one did."
+        * options.same_turns
     )
     rows = [*measured_before(options, config), *rows]
     if options.beside:  # what is measured may be another environment than the settings' own
