@@ -16,9 +16,9 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from gcdlite import checkpoint, prompts
 from gcdlite import train as loop
 from gcdlite.analysis import Options, behaviour, conflict, curves, gather, gradients, hidden, influence, inputs, judgment, options, similarity
+from gcdlite.analysis import output as out
 from gcdlite.analysis.gather import Specimen, Stage
 from gcdlite.analysis.gradients import Head, Trained, sketch, space
-from gcdlite.analysis import output as out
 from gcdlite.analysis.output import Output
 from gcdlite.backbone import plain
 from gcdlite.config import check

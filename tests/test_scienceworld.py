@@ -738,17 +738,19 @@ def test_labellers_are_measured_on_games_whose_paths_are_made_for_it(small_model
 
 
 class LuckyStep:
-    """Plays a gold path, whatever an (untrained) agent says; what makes the path itself plays on."""
+    """Plays the first `most` steps of a gold path in every game, whatever an (untrained) agent says, and then waits; what makes
+    the path itself plays on. `turns`: of all games."""
 
-    def __init__(self, step):
-        self.step, self.turns = step, 0
+    def __init__(self, step, most: int = len(BEAR_PATH)):
+        self.step, self.most, self.turns = step, most, 0
 
     def __get__(self, game, owner):
         def played(action: str) -> Observation:
             if action in BEAR_PATH:
                 return self.step(game, action)
             self.turns += 1
-            return self.step(game, BEAR_PATH[self.turns - 1])
+            game.lucky = turn = getattr(game, "lucky", -1) + 1
+            return self.step(game, BEAR_PATH[turn] if turn < self.most else "wait1")
 
         return played
 
@@ -763,7 +765,7 @@ def test_the_analyses_play_its_tasks(small_model, tmp_path, monkeypatch, capsys)
         "--config", "nano-scienceworld", "--model", str(small_model), "--bootstrap", "10", "lora.r=4", "env.jvms=1", "env.types=[]",
         "env.simplification=none", "env.max_turns=6", "env.room_tokens=200", "rollout.max_new_tokens=4", "gcd.max_new_tokens=4",
     ]  # fmt: skip
-    monkeypatch.setattr(Game, "step", Wandering(Game.step))
+    monkeypatch.setattr(Game, "step", LuckyStep(Game.step, most=3))
 
     def table(name: str, *more: str) -> list[dict]:
         assert run.main(["analyze", name, "--out", str(tmp_path / name), *words, *more]) == 0, capsys.readouterr().err
@@ -781,23 +783,6 @@ def test_the_analyses_play_its_tasks(small_model, tmp_path, monkeypatch, capsys)
     flawed = table("behaviour", "--levels", "L0,L1", "--turns", "2", "--resamples", "2")
     assert {row["level"] for row in flawed} == {"L0", "L1"}
     assert "lifespan-longest-lived" in (tmp_path / "behaviour" / "failures.txt").read_text()
-
-
-class Wandering:
-    """Takes the first three steps of the gold path, whatever an (untrained) agent says, and then waits; what makes the path
-    itself plays on."""
-
-    def __init__(self, step):
-        self.step, self.turns = step, {}
-
-    def __get__(self, game, owner):
-        def played(action: str) -> Observation:
-            if action in BEAR_PATH:
-                return self.step(game, action)
-            turn = self.turns[id(game)] = self.turns.get(id(game), -1) + 1
-            return self.step(game, BEAR_PATH[turn] if turn < 3 else "wait1")
-
-        return played
 
 
 @pytest.fixture(scope="module")

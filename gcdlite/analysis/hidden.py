@@ -60,8 +60,6 @@ def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, c
     note = (
         f"Mean coupling of Equation 2 over pairs of turns from different episodes, of one class (same) and of both (cross); classes: {meant}. cosine: every M scaled "
         "to length 1. Low, high: of the gap, ±1.96 bootstrap standard errors over episodes. dropped: share of |g|² in vocabulary rows left out."
-        + " All states look at what the first one did."
-        * options.same_turns
     )
     output.table("hidden", "Hidden-state coupling (old paper, Fig. 8)", rows, note)
     draw_gap(rows, note, output)

@@ -53,7 +53,7 @@ class Output:
         Raises UserError when the folder holds anything else, or cannot be written.
         """
         self.folder, self.about = folder, json.loads(json.dumps(about, default=str))
-        self.of = whose(self.about.get("settings"))
+        self.of = whose(self.about.get("settings"), self.about.get("options") or {})
         self.console = Console(highlight=False)
         if not self.console.is_terminal:
             self.console.width = 160  # a file or a pipe has no edge to fold tables at
@@ -160,13 +160,18 @@ class Output:
         self.say(f"figure: {self.folder / name}.png, .svg")
 
 
-def whose(settings: dict[str, Any] | None) -> str:
-    """Whose figures these are, in a sentence; "" where no model was asked.
+def whose(settings: dict[str, Any] | None, options: dict[str, Any]) -> str:
+    """Whose figures these are, and of whose turns, in a sentence; "" where no model was asked.
 
-    >>> whose({"model": {"name": "/here/nano"}, "env": {"name": "alfworld", "protocol": "single"}})
+    >>> whose({"model": {"name": "/here/nano"}, "env": {"name": "alfworld", "protocol": "single"}}, {})
     'Model: nano; alfworld, protocol single.'
     """
-    return f"Model: {Path(settings['model']['name']).name}; {settings['env']['name']}, protocol {settings['env']['protocol']}." if settings else ""
+    if not settings:
+        return ""
+    env = settings["env"]
+    played = "" if options.get("beside") else f"{env['name']}, "  # what stands beside it may be of another environment
+    same = " All states look at what the first one did." if options.get("same_turns") else ""
+    return f"Model: {Path(settings['model']['name']).name}; {played}protocol {env['protocol']}.{same}"
 
 
 def digest(file: str | Path, most: int | None = None) -> str:

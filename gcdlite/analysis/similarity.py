@@ -67,12 +67,8 @@ def run(policy: Policy, pool: Pool | None, stages: Sequence[Stage], options: Opt
         + f"; low, high: ±1.96 bootstrap standard errors over episodes; ceiling: what two samples of these sizes from one and the same "
         f"population would give, from {SPLITS} split halves. Sampled at temperature {config.rollout.temperature:g}. Positive: {meaning(options.classes)}; MATH and GSM8K: right answers."
         " source: who wrote a set's positives; reference: an expert's turns of won episodes, or a data set's solutions (off-policy) in their place. n: samples; units: episodes, or questions."
-        + " All states look at what the first one did."
-        * options.same_turns
     )
     rows = [*measured_before(options, config), *rows]
-    if options.beside:  # what is measured may be another environment than the settings' own
-        output.of = f"Model: {Path(config.model.name).name}; protocol {config.env.protocol}."
     output.table("similarity", "Gradient similarity (new paper, Table 1)", rows, note)
     draw_figure(rows, note, output)
 
