@@ -23,6 +23,7 @@ import pytest
 from gcdlite.envs.alfworld.engine import ForeignGameError, Game, GameError
 from gcdlite.envs.alfworld.genuine import GenuineGame, WorkerError
 from gcdlite.records import Observation, UserError
+from tests.processes import freeze, running
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHIVE = ROOT.parent / "shared" / "data" / "alfworld.tar.xz"
@@ -891,7 +892,7 @@ def test_a_dead_or_hung_worker_is_reported_and_replaced(kitchen, genuine):
         game.load(kitchen)
         assert game.reset().text == Game(kitchen).reset().text
         worker = game._worker
-        os.kill(worker.pid, signal.SIGSTOP)  # hangs
+        freeze(worker.pid)
         game._timeout = 0.2
         with pytest.raises(WorkerError, match="gave no answer in 0.2 s"):
             game.step("look")
@@ -903,21 +904,14 @@ def test_a_worker_does_not_outlive_its_parent(kitchen, genuine):
     code = "import sys, time; from gcdlite.envs.alfworld.genuine import GenuineGame; g = GenuineGame(sys.argv[1]); print(g._worker.pid, flush=True); time.sleep(600)"
     parent = subprocess.Popen([sys.executable, "-c", code, str(kitchen)], stdout=subprocess.PIPE, cwd=ROOT)
     worker = int(parent.stdout.readline())
-    assert _alive(worker)
+    assert running(worker)
     parent.kill()
     parent.wait()
     parent.stdout.close()
     deadline = time.monotonic() + 20
-    while _alive(worker) and time.monotonic() < deadline:
+    while running(worker) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not _alive(worker)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    assert not running(worker)
 
 
 def test_missing_alfworld_is_a_user_error(kitchen, tmp_path, monkeypatch):

@@ -102,8 +102,10 @@ class Jvm:
             self.port = int(greeting.get(timeout=start_timeout))
             token = greeting.get(timeout=max(0.1, deadline - time.monotonic())).decode().strip()
             self._socket = socket.create_connection(("127.0.0.1", self.port), timeout=timeout)
-        except (queue.Empty, ValueError, OSError):
+        except queue.Empty:
             raise self._failed(f"did not start within {start_timeout:g} s") from None
+        except (ValueError, OSError):
+            raise self._failed("ended before it could play") from None
         self._ask(f"A\n{token}\n", "the token")
         self._target = self._ask(f"i\n{INTERFACE}\ne\n", "the simulator's start")
 
@@ -169,6 +171,7 @@ def _drain(pipe, greeting: queue.Queue[bytes]) -> None:
     for number, line in enumerate(iter(pipe.readline, b"")):
         if number < 2:
             greeting.put(line)
+    greeting.put(b"")  # it has ended: whoever still waits for a line need not
     pipe.close()
 
 
