@@ -163,15 +163,23 @@ class Output:
 def whose(settings: dict[str, Any] | None, options: dict[str, Any]) -> str:
     """Whose figures these are, and of whose turns, in a sentence; "" where no model was asked.
 
-    >>> whose({"model": {"name": "/here/nano"}, "env": {"name": "alfworld", "protocol": "single"}}, {})
-    'Model: nano; alfworld, protocol single.'
+    >>> settings = {"model": {"name": "/here/nano"}, "env": {"name": "alfworld", "protocol": "single"}}
+    >>> whose(settings, {"same_turns": True})
+    'Model: nano; alfworld, protocol single. All states look at what the first one did.'
+    >>> whose(settings, {"sets": "math,gsm8k"})
+    'Model: nano.'
     """
     if not settings:
         return ""
     env = settings["env"]
-    played = "" if options.get("beside") else f"{env['name']}, "  # what stands beside it may be of another environment
+    if options.get("beside"):
+        where = f"; protocol {env['protocol']}"  # what stands beside it may be of another environment
+    elif "env" in options.get("sets", "env").split(","):
+        where = f"; {env['name']}, protocol {env['protocol']}"
+    else:
+        where = ""  # questions alone
     same = " All states look at what the first one did." if options.get("same_turns") else ""
-    return f"Model: {Path(settings['model']['name']).name}; {played}protocol {env['protocol']}.{same}"
+    return f"Model: {Path(settings['model']['name']).name}{where}.{same}"
 
 
 def digest(file: str | Path, most: int | None = None) -> str:
