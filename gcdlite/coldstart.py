@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from gcdlite import envs, prompts, sft
 from gcdlite.backbone import plain
-from gcdlite.config import Config, flags_of, ingredients, load
+from gcdlite.config import MADE, Config, flags_of, how_made, ingredients, load
 from gcdlite.envs import closing
 from gcdlite.envs.base import Pool
 from gcdlite.envs.alfworld import generated_root
@@ -57,7 +57,6 @@ from gcdlite.nano import build_model, build_tokenizer
 from gcdlite.policy import Policy, load_tokenizer, resolve
 from gcdlite.records import Task, UserError
 
-MADE = "made.json"  # how weights were made, in their folder
 ORDERS = 4  # commands at a time that ScienceWorld's random play obeys
 SHORT_LIST = 6  # commands listed in nano's first lessons
 TRIES, LISTS = 5, 50  # random starts of nano's base, and the lists by which is judged whether one has learned to copy
@@ -253,8 +252,7 @@ def require_tag_data(config: Config) -> None:
     if not config.algo.tagged:
         return
     for folder in map(Path, filter(None, (config.model.adapter, resolve(config.model.name)))):
-        if (folder / MADE).is_file():
-            made = json.loads((folder / MADE).read_text())
+        if (made := how_made(folder)) is not None:
             if made.get("tags") and made.get("environment") == config.env.name:
                 return
             break  # an adapter without tags on a model with them has unlearned these

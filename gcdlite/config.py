@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from gcdlite.records import UserError
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+MADE = "made.json"  # beside weights that a cold start made: how
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -394,7 +395,16 @@ def cold_starts(config: Config) -> list[dict[str, Any]]:
     """`coldstart.*` of what made the weights that a run begins with: the adapter's and the model's, as far as they say so."""
     shipped = Path(__file__).resolve().parent / "models" / config.model.name
     places = (Path(config.model.adapter or "nowhere"), shipped if shipped.is_dir() else Path(config.model.name))
-    return [json.loads(file.read_text()).get("coldstart", {}) for place in places if (file := place / "made.json").is_file()]
+    return [made.get("coldstart", {}) for place in places if (made := how_made(place))]
+
+
+def how_made(weights: Path) -> dict[str, Any] | None:
+    """What the cold start that made these weights wrote beside them; None where it wrote nothing. Raises UserError when it cannot be read."""
+    file = weights / MADE
+    try:
+        return json.loads(file.read_text()) if file.is_file() else None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}): copy the weights anew, or make them again") from None
 
 
 def shows_judgments(start: dict[str, Any]) -> bool:

@@ -33,6 +33,7 @@ from gcdlite.config import (
     cold_starts,
     find_config,
     flat,
+    how_made,
     ingredients,
     load,
     nearest,
@@ -166,8 +167,7 @@ def folder_of(root: Path, start: str) -> Path:
 
 def made(folder: Path) -> dict[str, Any] | None:
     """What a finished cold start says of itself; None before its end, since this file is the last that it writes."""
-    files = [file for part in ("model", "adapter") if (file := folder / part / "made.json").is_file()]
-    return json.loads(files[0].read_text()) if files else None
+    return how_made(folder / "model") or how_made(folder / "adapter")
 
 
 def read(path: Path) -> Recipe:

@@ -317,6 +317,9 @@ def test_rlvmr_without_tag_data_is_refused_before_anything_is_written(tiny, tmp_
             tiny.model.name = model
             with pytest.raises(UserError, match="know its tags"):
                 coldstart.require_tag_data(tiny)
+    (tmp_path / "plain" / "made.json").write_text('{"tags": tr')
+    with pytest.raises(UserError, match=r"made\.json cannot be read .*make them again"):
+        coldstart.require_tag_data(tiny)
 
 
 @pytest.mark.parametrize(
