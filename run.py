@@ -357,7 +357,11 @@ def analyze(args: argparse.Namespace, faults: list[str]) -> int:
     from gcdlite.analysis import start
     from gcdlite.view.transcript import write
 
-    failures = start.run(args.name, options, config, Path(args.out))
+    try:
+        failures = start.run(args.name, options, config, Path(args.out))
+    except KeyboardInterrupt:
+        print("gcdlite: stopped; the same command goes on", file=sys.stderr)
+        return INTERRUPTED
     if failures:
         write(Path(args.out) / "failures.txt", failures)
         print(f"lost episodes, turn by turn: {Path(args.out) / 'failures.txt'}")
@@ -548,10 +552,15 @@ def newest_adapter(folder: Path) -> tuple[Path, str]:
     """(a run's newest adapter, its name in words). Raises UserError when it has none."""
     from gcdlite import checkpoint
 
+    final = (folder / "adapter" / "adapter_config.json").is_file()
     if checkpoint.found(folder):  # the last one equals DIR/adapter, and is newer while a run goes on
-        newest = checkpoint.latest(folder)
-        return newest / "adapter", f"iteration {number_of(newest)}"
-    if (folder / "adapter" / "adapter_config.json").is_file():
+        try:
+            newest = checkpoint.latest(folder)
+            return newest / "adapter", f"iteration {number_of(newest)}"
+        except UserError:
+            if not final:
+                raise
+    if final:
         return folder / "adapter", "the final adapter"
     raise UserError(f"{folder} holds no adapter yet: wait for its first checkpoint, or train again")
 

@@ -124,6 +124,8 @@ def latest(folder: Path) -> Path:
             return path
         except UserError:
             print(f"checkpoint {path} is damaged; trying the one before")
+    if found(folder):
+        raise UserError(f"{folder} has no checkpoint that can be read: start again with another --out")
     raise UserError(f"{folder} has no checkpoint yet; start again with another --out, or remove the folder")
 
 

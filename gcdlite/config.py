@@ -504,12 +504,23 @@ def dump(config: Config, path: Path) -> None:
     path.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False), encoding="utf-8")
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that is given twice is a fault: PyYAML takes the last, and nobody learns that the first was ignored."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key, (there, _) in zip(keys, node.value):
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", there.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path, above: Sequence[Path] = ()) -> dict:
     """A file's settings over those of its base; `above` are the files that led here."""
     if path in above:
         raise UserError(f"the config file {path} is a base of itself")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        data = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the config file {path}: {error}") from None
     except yaml.YAMLError as error:

@@ -17,7 +17,7 @@ from gcdlite.gcd import judge as judging
 from gcdlite.gcd import value as value_head
 from gcdlite.gcd.labels import label
 from gcdlite.policy import Policy
-from gcdlite.records import Episode, Judgment, LabelledTurn
+from gcdlite.records import Episode, Judgment, LabelledTurn, UserError
 from gcdlite.rollout import metrics, play, sound
 
 
@@ -37,7 +37,10 @@ def wilson(wins: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 def check_levels(pool: Pool, config: Config) -> None:
     """Raises UserError for a level of `eval.levels` that the pool does not have: to be told before hours of training, not after."""
     for level in config.eval.levels:
-        pool.tasks(level)
+        try:
+            pool.tasks(level)
+        except UserError as error:
+            raise UserError(f"eval.levels: {error}") from None
 
 
 def evaluate(policy: Policy, pool: Pool, level: str, config: Config, batch: int = 128) -> tuple[dict[str, float], list[Episode]]:

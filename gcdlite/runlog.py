@@ -165,15 +165,21 @@ def games_of(folder: Path) -> dict[str, Any] | None:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Events of a file; a last line cut short by a crash is left out."""
+    """Events of a file; a last line cut short by a crash is left out. Raises UserError when another line is damaged: whoever went
+    on without it, or only up to it, would lose what is sound."""
     if not file.is_file():
         return []
     events = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    lines = file.read_bytes().splitlines()
+    for number, line in enumerate(lines, 1):
         try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            event = json.loads(line)
+        except ValueError:
+            event = None
+        if isinstance(event, dict):
+            events.append(event)
+        elif number < len(lines):
+            raise UserError(f"{file}: line {number} is damaged: mend it, or delete that line to go on without it")
     return events
 
 

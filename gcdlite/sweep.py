@@ -48,6 +48,7 @@ from gcdlite.runlog import RunLog
 RUN = CONFIG_DIR.parent / "run.py"
 INTERRUPTED = 130  # run.py's exit code after Ctrl-C
 PATIENCE = 30.0  # seconds that a run has to end after Ctrl-C
+RESERVED = {"seed": "a recipe and its arms name seeds: [0, 1, 2]", "out": "the sweep names every run's folder; --out names its own"}
 
 # Student's t, 97.5 %, by degrees of freedom from 1 on; beyond the last it is a little too wide.
 _T = (
@@ -103,7 +104,7 @@ class Recipe(BaseModel):
         if not self.arms:
             raise ValueError("absent names every arm, so nothing is left to run")
         self.against = self.against or next(iter(self.arms))
-        faults = [f"{name!r} is no name for a folder" for name in (*self.arms, *self.starts) if "/" in name or not name.strip()]
+        faults = [f"{name!r} is no name for a folder" for name in (*self.arms, *self.starts) if {"/", "|"} & set(name) or not name.strip()]
         faults += [f"paper: no arm {name!r}{nearest(name, self.arms)}" for name in self.paper if name not in {**self.arms, **self.absent}]
         partners = {self.against, *map(self.partner, self.arms)}
         faults += [f"against: no arm {name!r}{nearest(name, self.arms)}" for name in partners if name not in self.arms]
@@ -113,6 +114,8 @@ class Recipe(BaseModel):
             known.append(name)
         for name, arm in self.arms.items():
             faults += _unknown_start(f"arm {name}", arm.start, known)
+        for part in (self.settings, *(part.model_extra or {} for part in (*self.arms.values(), *self.starts.values()))):
+            faults += [f"{key}: {why}" for key, why in RESERVED.items() if key in part]
         if faults:
             raise ValueError("; ".join(faults))
         return self
@@ -679,7 +682,7 @@ def _caption(recipe: Recipe, rows: Sequence[dict[str, Any]], note: str) -> list[
     sizes: dict[str, list[str]] = {}
     for arm, own in arms.items():
         if own.iterations:
-            sizes.setdefault(f"{own.steps} iterations of {own.rollout.groups} games × {own.rollout.group_size} episodes", []).append(arm)
+            sizes.setdefault(f"{own.steps} iteration{'s' * (own.steps != 1)} of {own.rollout.groups} games × {own.rollout.group_size} episodes", []).append(arm)
     trained = "; ".join(f"{size} ({', '.join(some)})" if len(sizes) > 1 else size for size, some in sizes.items())
     how = "greedily" if config.eval.temperature == 0 else f"at temperature {config.eval.temperature:g}"
     games = f"{config.eval.limit} games a level" if config.eval.limit else "every game of a level"

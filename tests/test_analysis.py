@@ -1056,7 +1056,7 @@ def words(games_root, small_model, small_config):
         ("similarity", ["--samples", "2", "--conflict", "--parameters", "layers:1", "--classes", "oracle", "algo.name=gigpo"], ["conflict"]),
         ("hidden", ["--samples", "4"], ["hidden"]),
         ("behaviour", ["--turns", "2", "--resamples", "2"], ["behaviour", "success"]),
-        ("judgment", ["--samples", "2", "--levels", "L0,L2"], ["judgment"]),
+        ("judgment", ["--samples", "2", "--levels", "L0, L2"], ["judgment"]),
     ],
 )
 def test_every_analysis_leaves_tables_and_figures_and_resumes(name, more, files, words, tmp_path, monkeypatch, capsys):
@@ -1385,6 +1385,10 @@ def test_influence_from_the_command_line(games_root, tmp_path, monkeypatch, caps
         (["similarity", "--beside", "nowhere"], "there is no similarity.json"),
         (["similarity", "--parameters", "layers:99"], "the model has 4 layers"),
         (["similarity", "--levels", "L0,L9"], "L9"),
+        (["similarity", "--levels", "L0, L0"], "--levels L0, L0: name different levels"),
+        (["judgment", "--levels", "L0,L1,L0"], "name different levels"),
+        (["influence", "--lr", "inf"], "--lr inf"),
+        (["theory", "--push", "inf"], "--push inf: give a number of at least 0"),
         (["similarity", "--sets", "maths"], "none of env, math, gsm8k"),
         (["similarity", "--sets", "gsm8k", "--gsm8k", "nowhere"], "cannot read the questions in nowhere"),
         (["similarity", "--conflict", "--parameters", "lm_head"], "--parameters adapter"),
@@ -1432,6 +1436,29 @@ def test_parts_of_another_version_are_told(tmp_path, capsys):
         again = Output(tmp_path, about("two"))
         assert "holds parts made by another version of the program (one)" in " ".join(capsys.readouterr().out.split())
         assert again.about["parts_by"] == [{"commit": "one"}]
+
+
+def test_what_is_damaged_in_a_folder_is_made_again_or_told(tmp_path, capsys):
+    assert output(tmp_path).part("k", lambda: 1) == 1
+    (tmp_path / "parts" / "k.pt").write_bytes((tmp_path / "parts" / "k.pt").read_bytes()[:100])
+    assert output(tmp_path).part("k", lambda: 2) == 2 and "k.pt cannot be read" in " ".join(capsys.readouterr().out.split())
+    assert output(tmp_path).part("k", lambda: 3) == 2 and "cannot be read" not in capsys.readouterr().out
+    (tmp_path / "analysis.json").write_text('{"te')
+    with pytest.raises(UserError, match="analysis.json is damaged: name another folder"):
+        output(tmp_path)
+    (tmp_path / "similarity.json").write_text("{")
+    with pytest.raises(UserError, match="similarity.json is damaged"):
+        similarity.finished(str(tmp_path), Options(), None)
+
+
+def test_lines_of_a_course_stand_apart_in_order_around_their_iteration():
+    _, ax = out.axes()
+    rows = [{"iteration": n, "value": 0.1 * n, "low": 0.0, "high": 1.0} for n in (0, 10, 20)]
+    for i in range(4):
+        out.course(ax, i, 4, [0, 10, 20], rows, str(i), "value")
+    x = [line.lines[0].get_xdata() for line in ax.containers]
+    assert all(x[i][k] < x[i + 1][k] for i in range(3) for k in range(3))
+    assert [sum(line[k] for line in x) / 4 for k in range(3)] == pytest.approx([0, 10, 20]) and max(x[3]) < 21
 
 
 def test_a_folder_in_use_is_left_alone(tmp_path):

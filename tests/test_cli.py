@@ -236,6 +236,13 @@ def test_an_interrupted_run_goes_on_is_evaluated_and_watched(a_run, capsys):
         assert part in said
     assert "finished 1 iterations already" not in said
     before = load(a_run / "config.yaml")
+    whole = (a_run / "events.jsonl").read_bytes()
+    for spoilt in (b"\xff\xfe", b'{"iteration": 0, gar', b"5"):  # what stands after it is sound, and must not be lost
+        (a_run / "events.jsonl").write_bytes(spoilt + b"\n" + whole)
+        for call in (["--resume", "run"], ["report", "run"]):
+            assert "events.jsonl: line 1 is damaged" in refused(capsys, *call)
+        assert (a_run / "events.jsonl").read_bytes() == spoilt + b"\n" + whole
+    (a_run / "events.jsonl").write_bytes(whole + b'{"iteration": 2, "ph')  # a crash while it was written: that iteration is done anew
 
     assert run.main(["--resume", "run", "--steps", "2", "eval.limit=3", "threads=1"]) == 0
     out = capsys.readouterr().out
@@ -275,6 +282,14 @@ def test_an_interrupted_run_goes_on_is_evaluated_and_watched(a_run, capsys):
     (a_run / "summary.json").write_text("{")
     assert "summary.json is damaged" in refused(capsys, "report", "run")
     (a_run / "summary.json").write_text(kept["summary.json"])
+
+    states = {file: file.read_bytes() for file in a_run.glob("checkpoints/*/state.pt")}
+    for file in states:
+        file.write_bytes(b"")
+    assert "has no checkpoint that can be read" in refused(capsys, "--resume", "run", "--steps", "9")
+    assert run.main(["eval", "run", "eval.limit=1"]) == 0 and "the final adapter of run" in capsys.readouterr().out
+    for file, content in states.items():
+        file.write_bytes(content)
 
     assert run.main(["watch", "run", "--level", "L1", "--task", "1"]) == 0
     out = capsys.readouterr().out

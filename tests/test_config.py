@@ -101,9 +101,9 @@ def test_a_wrong_value_is_one_line_with_value_and_remedy(override, parts):
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    for text in ("a: [1", "- 1\n- 2", "base: nowhere", "base: loop"):
+    for text in ("a: [1", "- 1\n- 2", "base: nowhere", "base: loop", "steps: 1\nsteps: 2", "steps: 1\ngcd: {turns: 2, weight: 1, turns: 3}"):
         (line,) = fault_lines(path=write(tmp_path, "loop.yaml", text))
-        assert str(tmp_path) in line
+        assert str(tmp_path) in line and ("given twice" in line) == text.startswith("steps")
 
 
 def test_find_config_names_the_nearest():

@@ -192,6 +192,6 @@ def test_a_level_that_is_not_there_is_told_before_anything_is_done(small_config,
         config = small_config.model_copy(deep=True)
         config.eval.levels, config.eval.before = change["levels"], False
         config.env.protocol = "rlvmr"
-        with pytest.raises(UserError, match="protocol rlvmr has no level .* name those in eval.levels"):
+        with pytest.raises(UserError, match="eval.levels: protocol rlvmr has no level .*, only train, L0, L1"):
             loop.train(config, tmp_path / "run")
         assert not (tmp_path / "run").exists()

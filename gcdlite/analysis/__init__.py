@@ -6,6 +6,7 @@ analysis need not compute again), `gather.py` (models of a run, and what they wr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,7 +135,7 @@ def options(name: str, given: dict[str, Any], runs: Sequence[Path] = ()) -> Opti
         ("q", 0, 1), ("r", 0, 1), ("delta", -1, 1), ("push", 0, None), ("xi", 0, None), ("lr", 0, None), ("nudge", 0, None),
     ):  # fmt: skip
         value = getattr(chosen, setting)
-        if value is not None and (value < low or high is not None and value > high or value != value):
+        if value is not None and (not math.isfinite(value) or value < low or high is not None and value > high):
             faults.append(
                 f"--{setting.replace('_', '-')} {value}: give a number {f'from {low} to {high}' if high is not None else f'of at least {low}'}"
             )

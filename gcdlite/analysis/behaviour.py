@@ -173,6 +173,10 @@ def draw_flaws(rows: Sequence[dict], consistency: Sequence[dict], note: str, out
     figure, panels = out.axes(2, 2, width=7.8, height=5.6)
     levels = list(dict.fromkeys(r["level"] for r in rows))
     iterations = sorted({r["iteration"] for r in rows})
+
+    def line(ax, i: int, mine: Sequence[dict], key: str, name: str) -> None:
+        out.course(ax, i, 4, iterations, mine, name, key, f"{key}_low", f"{key}_high")
+
     for ax, key, text in (
         (panels[0][0], "repeated", "repeated turns, share"),
         (panels[0][1], "looped", "looped turns, share"),
@@ -180,13 +184,13 @@ def draw_flaws(rows: Sequence[dict], consistency: Sequence[dict], note: str, out
     ):
         for i, (level, outcome) in enumerate((x, o) for x in levels for o in ("won", "lost")):
             mine = [r for r in rows if r["level"] == level and r["outcome"] == outcome]
-            out.series(ax, i, *shifted(mine, i, iterations, key, f"{key}_low", f"{key}_high"), label=f"{level} {outcome}")
+            line(ax, i, mine, key, f"{level} {outcome}")
         ax.set_ylabel(text)
     for i, kind in enumerate(("repeated", "good", "bad")):
         mine = [r for r in consistency if r["turns"] == kind and r["outcome"] == "all"]
-        out.series(panels[1][0], i, *shifted(mine, i, iterations, "consistency", "consistency_low", "consistency_high"), label=f"{kind} turns")
+        line(panels[1][0], i, mine, "consistency", f"{kind} turns")
     mine = [r for r in consistency if r["turns"] == "repeated" and r["outcome"] == "all"]
-    out.series(panels[1][0], 3, *shifted(mine, 3, iterations, "high_share", "high_share_low", "high_share_high"), label="repeated, of high")
+    line(panels[1][0], 3, mine, "high_share", "repeated, of high")
     panels[1][0].set_ylabel("consistency, share of equal answers")
     for ax in panels.flat:
         out.training_axis(ax, iterations)
@@ -201,13 +205,7 @@ def draw_flaws(rows: Sequence[dict], consistency: Sequence[dict], note: str, out
     last = [r for r in rows if r["iteration"] == iterations[-1] and r["outcome"] != "all"]
     sizes = ", ".join(f"{r['level']} {r['outcome']} {r['episodes']} episodes ({r['turns']} turns)" for r in last)
     asked = ", ".join(f"{r['n']} {r['turns']}" for r in consistency if r["iteration"] == iterations[-1] and r["outcome"] == "all")
-    output.figure("behaviour", figure, f"{note} Last iteration: {sizes}; turns asked again: {asked}.")
-
-
-def shifted(mine: Sequence[dict], i: int, iterations: Sequence[int], *keys: str) -> list[list]:
-    """x, y, low and high of a line, moved aside a little so that error bars do not cover one another."""
-    width = max(1, iterations[-1] - iterations[0])
-    return [[r["iteration"] + 0.012 * (i - 1.5) * width for r in mine], *([r[k] for r in mine] for k in keys)]
+    output.figure("behaviour", figure, f"{note} Last iteration: {sizes}; turns asked again: {asked}. Without a bar: one episode.")
 
 
 def draw_success(rows: Sequence[dict], note: str, output: Output) -> None:

@@ -202,8 +202,7 @@ def draw_figure(rows: Sequence[dict], note: str, output: Output) -> None:
     iterations = sorted({r["iteration"] for r in rows})
     for i, name in enumerate(NAMES.values()):
         mine = [r for r in rows if r["objective"] == name]
-        aside = 0.02 * max(1, iterations[-1] - iterations[0]) * (2 * i - 1)  # so that error bars do not cover one another
-        out.series(ax, i, [r["iteration"] + aside for r in mine], *([r[k] for r in mine] for k in ("cosine", "low", "high")), label=name)
+        out.course(ax, i, len(NAMES), iterations, mine, name, "cosine")
     ax.axhline(0, color="0.0", lw=0.8)
     ax.set_ylabel("cosine with the policy gradient")
     out.training_axis(ax, iterations)

@@ -156,10 +156,18 @@ def enter(policy: Policy, stage: Stage, output: Output) -> None:
 
 def two_levels(levels: str) -> dict[str, str]:
     """`L0,L2` -> {"ID": "L0", "OOD": "L2"}. Raises UserError unless there are two."""
-    names = [n.strip() for n in levels.split(",")]
-    if len(names) != 2 or not all(names):
+    names = level_names(levels)
+    if len(names) != 2:
         raise UserError(f"--levels {levels}: name the in-domain and the out-of-domain level, as in L0,L2")
     return dict(zip(DOMAINS, names))
+
+
+def level_names(levels: str) -> list[str]:
+    """`L0, L2` -> ["L0", "L2"]. Raises UserError for a level without a name, or named twice: its episodes would be counted twice."""
+    names = [n.strip() for n in levels.split(",")]
+    if not all(names) or len(set(names)) < len(names):
+        raise UserError(f"--levels {levels}: name different levels, joined by commas, as in L0,L2")
+    return names
 
 
 def episodes_of(

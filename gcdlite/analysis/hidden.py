@@ -279,24 +279,22 @@ def token_scores(head: nn.Module, hidden: Tensor, targets: Tensor, m: Tensor, ro
 def draw_gap(rows: Sequence[dict], note: str, output: Output) -> None:
     """The gap over training, raw and as cosine, a line for each run."""
     runs = gather.by_run(rows)
+    iterations = sorted({r["iteration"] for r in rows})
     figure, panels = out.axes(1, 2, width=7.0, height=3.0)
     for ax, name in zip(panels, ("raw", "cosine")):
         for i, (run, some) in enumerate(runs.items()):
             mine = [r for r in some if r["measure"] == name]
-            out.series(ax, i, *([r[k] for r in mine] for k in ("iteration", "gap", "low", "high")), label=run or "gap")
+            out.course(ax, i, len(runs), iterations, mine, run or "gap", "gap")
         ax.axhline(0, color="0.0", lw=0.8)
-        out.training_axis(ax, sorted({r["iteration"] for r in rows}))
+        out.training_axis(ax, iterations)
         ax.margins(x=0.3)
         ax.set_ylabel(f"coupling, same − cross class ({name})")
     if len(runs) > 1 and panels[1].containers:
         panels[1].legend()
-    sizes = "; ".join(
-        f"{run} iteration {r['iteration']}: {r['n_good']} good, {r['n_bad']} bad".strip()
-        for run, some in runs.items()
-        for r in some
-        if r["measure"] == "raw"
-    )
-    output.figure("hidden", figure, f"{note} Turns: {sizes}.")
+    sizes = {f"{run} iteration {r['iteration']}".strip(): f"{r['n_good']} good, {r['n_bad']} bad" for run, some in runs.items() for r in some}
+    alike = len(set(sizes.values())) == 1
+    turns = next(iter(sizes.values())) + " at each point" * (len(sizes) > 1) if alike else "; ".join(f"{at}: {n}" for at, n in sizes.items())
+    output.figure("hidden", figure, f"{note} Turns: {turns}.")
 
 
 def show_tokens(told: Sequence[Told], stage: Stage, output: Output) -> None:

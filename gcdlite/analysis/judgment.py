@@ -35,8 +35,7 @@ def check(options: Options, config: Config) -> None:
     """Raises UserError for classes that label no single turns, or without a level."""
     if options.classes == "episodes":
         raise UserError("--classes episodes: single turns are judged; give a labeller: oracle, rules")
-    if not all(options.levels.split(",")):
-        raise UserError(f"--levels {options.levels}: name levels joined by commas, as in L0,L1,L2")
+    gather.level_names(options.levels)
 
 
 def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, config: Config, output: Output) -> None:
@@ -44,7 +43,7 @@ def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, c
     rows = []
     for stage in stages:
         gather.enter(policy, stage, output)
-        levels = {level: level for level in options.levels.split(",")}
+        levels = {level: level for level in gather.level_names(options.levels)}
         episodes = gather.episodes_of(policy, pool, levels, config, options.games, output, stage, config.eval.temperature)
         for level, played in episodes.items():
             paper = PAPER.get(config.env.name, {}).get(level)
@@ -130,7 +129,7 @@ def draw_figure(rows: Sequence[dict], note: str, output: Output) -> None:
     else:
         for i, level in enumerate(levels):
             mine = [r for r in rows if r["class"] == "balanced" and r["level"] == level]
-            out.series(ax, i, *([r[k] for r in mine] for k in ("iteration", "accuracy", "low", "high")), label=level)
+            out.course(ax, i, len(levels), iterations, mine, level, "accuracy")
         out.training_axis(ax, iterations)
     ax.axhline(0.5, color="0.0", lw=0.8, ls=":")
     ax.set_ylim(0, 1.05)

@@ -63,7 +63,7 @@ class Output:
         if folder.is_dir() and any(folder.iterdir()):
             if not file.is_file():
                 raise UserError(f"{folder} is in use; name another with --out")
-            there = json.loads(file.read_text())
+            there = read_json(file)
             if different := sorted(k for k in {*there, *self.about} if there.get(k) != self.about.get(k) and k not in ("made_by", "parts_by")):
                 raise UserError(f"{folder} holds an analysis with other settings ({', '.join(different)}); name another with --out")
             before, now = [*there.get("parts_by", []), there.get("made_by", {})], self.about.get("made_by", {})
@@ -80,10 +80,13 @@ class Output:
             raise UserError(f"cannot write to {folder}: {error.strerror}; name another with --out") from None
 
     def part(self, key: str, compute: Callable[[], Any]) -> Any:
-        """A piece of the result: read from the folder if it is there, else computed and kept, whole or not at all."""
+        """A piece of the result: read from the folder if it is there and can be, else computed and kept, whole or not at all."""
         file = self.folder / "parts" / f"{key}.pt"
         if file.is_file():
-            return torch.load(file, weights_only=False, map_location="cpu")  # written by us, in the line below
+            try:
+                return torch.load(file, weights_only=False, map_location="cpu")  # written by us, in the lines below
+            except Exception as error:  # noqa: BLE001 - unpickling a cut-off file raises whatever it likes
+                self.say(f"{file} cannot be read ({type(error).__name__}) and is made again")
         value = compute()
         scratch = file.with_suffix(".tmp")
         torch.save(value, scratch)
@@ -182,6 +185,14 @@ def whose(settings: dict[str, Any] | None, options: dict[str, Any]) -> str:
     return f"Model: {Path(settings['model']['name']).name}{where}.{same}"
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """A file that an analysis wrote. Raises UserError when it is damaged."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{file} is damaged: name another folder") from None
+
+
 def digest(file: str | Path, most: int | None = None) -> str:
     """A short name for a file's content, or for its size and its first `most` bytes."""
     with open(file, "rb") as content:
@@ -224,6 +235,16 @@ def series(ax, i: int, x: Sequence[float], y: Sequence[float | None], low: Seque
         return
     xs, ys, lows, highs = zip(*points)
     ax.errorbar(xs, ys, yerr=errors(ys, lows, highs), label=label, capsize=2, **look(i))
+
+
+def course(
+    ax, i: int, of: int, iterations: Sequence[int], rows: Sequence[dict], label: str, key: str, low: str = "low", high: str = "high"
+) -> None:
+    """The i-th of `of` lines over training: `key` of each row with its interval. Lines stand a little aside of their iterations,
+    so that error bars do not cover one another."""
+    step = 0.015 * max(1, iterations[-1] - iterations[0])
+    x = [r["iteration"] + step * (i - (of - 1) / 2) for r in rows]
+    series(ax, i, x, *([r[k] for r in rows] for k in (key, low, high)), label=label)
 
 
 def training_axis(ax, iterations: Sequence[int]) -> None:

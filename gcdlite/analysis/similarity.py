@@ -6,7 +6,6 @@ log-prob (no advantage): nn, np, pn, pp, first letter the in-domain set, second 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -66,10 +65,10 @@ def run(policy: Policy, pool: Pool | None, stages: Sequence[Stage], options: Opt
         + (f" (an estimate: mean of {DRAWS} random projections to rank {config.lora.r})" if options.parameters == "adapter" else "")
         + f"; low, high: ±1.96 bootstrap standard errors over episodes; ceiling: what two samples of these sizes from one and the same "
         f"population would give, from {SPLITS} split halves. Sampled at temperature {config.rollout.temperature:g}. Positive: {meaning(options.classes)}; MATH and GSM8K: right answers."
-        " source: who wrote a set's positives; reference: an expert's turns of won episodes, or a data set's solutions (off-policy) in their place. n: samples; units: episodes, or questions."
     )
+    columns = " source: who wrote a set's positives; reference: an expert's turns of won episodes, or a data set's solutions (off-policy) in their place. n: samples; units: episodes, or questions."
     rows = [*measured_before(options, config), *rows]
-    output.table("similarity", "Gradient similarity (new paper, Table 1)", rows, note)
+    output.table("similarity", "Gradient similarity (new paper, Table 1)", rows, note + columns)
     draw_figure(rows, note, output)
 
 
@@ -92,7 +91,7 @@ def finished(folder: str, options: Options, config: Config) -> list[dict]:
     file = Path(folder) / "similarity.json"
     if not file.is_file():
         raise UserError(f"--beside {folder}: there is no similarity.json; give the --out folders of finished similarity analyses")
-    table = json.loads(file.read_text())
+    table = out.read_json(file)
     rows, theirs, settings = table["rows"], table["about"]["options"], table["about"]["settings"]
     for field in ("parameters", "classes"):
         if theirs[field] != getattr(options, field):
@@ -232,24 +231,27 @@ def sources(row: dict) -> tuple[str | None, str | None]:
     return row["source_ID"], row["source_OOD"]
 
 
+def counts(rows: Sequence[dict]) -> list[str]:
+    """The sample sizes of a data set at each iteration, in words; a star where an expert or the data set wrote positives."""
+    found: dict[int, list[str]] = {}
+    for r in rows:
+        found.setdefault(r["iteration"], []).append(f"{r['pair']} {r['n_ID']}+{r['n_OOD']}" + "*" * (REFERENCE in sources(r)))
+    return [", ".join(some) for some in found.values()]
+
+
 def draw_figure(rows: Sequence[dict], note: str, output: Output) -> None:
     """One stage: bars of the four cosines by data set. Several: their course over training, one panel a data set and run."""
     runs = gather.by_run(rows)
     data = list(dict.fromkeys(r["data"] for r in rows))
     iterations = sorted({r["iteration"] for r in rows})
-    sizes = "; ".join(
-        f"{d} {name}".strip()
-        + ": "
-        + ", ".join(
-            f"{r['pair']} {r['n_ID']}+{r['n_OOD']}" + "*" * (REFERENCE in sources(r))
-            for r in mine
-            if r["data"] == d and r["iteration"] == mine[-1]["iteration"]
-        )
-        for d in data
-        for name, mine in runs.items()
-    )
-    starred = " *: with positives that an expert or the data set wrote (off-policy)." if any(REFERENCE in sources(r) for r in rows) else ""
-    caption = f"{note} Samples (ID+OOD{'' if len(iterations) == 1 else ', last iteration'}): {sizes}.{starred} Short horizontal lines: ceiling."
+    panels_of = {(d, name): [r for r in mine if r["data"] == d] for d in data for name, mine in runs.items()}
+    drawn = {of: counts(mine) for of, mine in panels_of.items() if mine}
+    sizes = "; ".join(f"{d} {name}".strip() + f": {some[-1]}" for (d, name), some in drawn.items())
+    alike = all(len(set(some)) == 1 for some in drawn.values())
+    when = "" if len(iterations) == 1 else ", at each point" if alike else ", last iteration"
+    empty = " Without samples in a set there is no cosine." if any(r["cosine"] is None for r in rows) else ""
+    starred = " *: with positives that an expert (turns of won episodes) or the data set (solutions) wrote, off-policy." if any(REFERENCE in sources(r) for r in rows) else ""
+    caption = f"{note} Samples (ID+OOD{when}): {sizes}.{empty}{starred} Short horizontal lines: ceiling."
     if all(len({(r.get("run"), r["iteration"]) for r in rows if r["data"] == d}) == 1 for d in data):
         figure, ax = out.axes(width=2.4 + 1.6 * len(data))
         for i, pair in enumerate(PAIRS):
@@ -277,11 +279,9 @@ def draw_figure(rows: Sequence[dict], note: str, output: Output) -> None:
         ax.grid(axis="x", visible=False)
     else:
         figure, panels = out.axes(1, len(data) * len(runs), width=1.6 + 3.4 * len(data) * len(runs), sharey=True, squeeze=False)
-        for (d, name), ax in zip(((d, name) for d in data for name in runs), panels[0]):
+        for ((d, name), mine), ax in zip(panels_of.items(), panels[0]):
             for i, pair in enumerate(PAIRS):
-                mine = [r for r in runs[name] if r["data"] == d and r["pair"] == pair]
-                columns = ([r[key] for r in mine] for key in ("iteration", "cosine", "low", "high"))
-                out.series(ax, i, *columns, label=pair)
+                out.course(ax, i, len(PAIRS), iterations, [r for r in mine if r["pair"] == pair], pair, "cosine")
             ax.set_title(f"{d}, {name}" if name else d, fontsize=9)
             out.training_axis(ax, iterations)
         panels[0][0].set_ylabel("cosine of mean gradients")

@@ -39,8 +39,8 @@ def run(name: str, options: Options, config: Config, folder: Path) -> list[dict[
     if not needs_games:
         return _with(None, analysis, stages, options, config, open_output(name, options, config, folder))
     with envs.closing(envs.make(config, options.runs[0] if options.runs else None)) as pool:
-        for level in options.levels.split(",") if module != "conflict" else ():
-            pool.tasks(level.strip())  # one that is not there is told now, not hours later
+        for level in gather.level_names(options.levels) if module != "conflict" else ():
+            pool.tasks(level)  # one that is not there is told now, not hours later
         return _with(pool, analysis, stages, options, config, open_output(name, options, config, folder))
 
 

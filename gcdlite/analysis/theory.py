@@ -331,8 +331,8 @@ def theorem_3_2(rng: np.random.Generator, output: Output) -> list[dict]:
     error = math.sqrt(wrong * (1 - wrong) / DRAWS)
     output.figure(
         "theorem-3-2", figure,
-        f"When does the probability of a flawed action rise because a worse one is punished? Grey: it rises; light: it falls; black: the printed condition of Theorem 3.2 says the "
-        f"opposite of the first-order truth. Over {DRAWS:,} random draws (probabilities uniform on the triangle, risks on [0, 1]) it is wrong in {wrong:.1%} ± {1.96 * error:.1%}.",
+        f"When does the probability of a flawed action (1, risk r) rise because another one (2, risk r̂) is punished, too? Grey: it rises; light: it falls; black: the printed condition of "
+        f"Theorem 3.2 says the opposite of the first-order truth (left: it falls; middle and right: it rises). Over {DRAWS:,} random draws (probabilities uniform on the triangle, risks on [0, 1]) it is wrong in {wrong:.1%} ± {1.96 * error:.1%}.",
     )  # fmt: skip
     return [
         row("Theorem 3.2: printed condition wrong, share of random draws", None, float(wrong), error, "Eq. 13 writes r̂ for r"),
@@ -363,7 +363,7 @@ def theorem_a_1(rng: np.random.Generator, output: Output) -> list[dict]:
     grown = q1[:, turn] / (1 - q1[:, turn]) * (1 - p["q1"]) / p["q1"]
     ratios = q2[:, turn] * (1 - q2[:, turn]) / (q1[:, turn] * (1 - q1[:, turn]))
     time = np.arange(shown + 1) * eta
-    figure, (left, right) = out.axes(1, 2, width=7.0, height=3.0)
+    figure, (left, right) = out.axes(1, 2, width=7.0, height=3.4)
     left.plot(time, found.q1[: shown + 1], color="0.0", label="q1, good action")
     left.plot(time, found.q2[: shown + 1], color="0.45", ls="--", label="q2, flawed action")
     for sampled, grey in ((q1, "0.0"), (q2, "0.45")):
@@ -378,8 +378,8 @@ def theorem_a_1(rng: np.random.Generator, output: Output) -> list[dict]:
     for ax, text in ((left, "probability"), (right, "growth of the good action's odds")):
         ax.set_xlabel("training time, η × steps")
         ax.set_ylabel(text)
-    left.legend(loc="lower left")
-    right.legend(loc="lower right", bbox_to_anchor=(1, 0.2))
+    for ax in (left, right):
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22))  # below: inside, it would lie across the turn
     setting = f"q1 = {p['q1']}, q2 = {p['q2']}, ξ = {p['xi']}, δ = {p['delta']}"
     output.figure(
         "theorem-a-1", figure,

@@ -464,7 +464,8 @@ def labeller_table(record: Event) -> RenderableType:
             with_interval({"success": row[name], "low": row[f"{name}_low"], "high": row[f"{name}_high"], "n": n} if row[name] is not None else {})
             for name, n in (("precision", row["checked"]), ("recall", row["wanted"]))
         )
-        table.add_row(row["labeller"], row["label"], f"{row['labelled']} of {row['turns']}", precision, recall)
+        who = f"{row['labeller']} (the yardstick)" if row["labeller"] == "oracle" else row["labeller"]
+        table.add_row(who, row["label"], f"{row['labelled']} of {row['turns']}", precision, recall)
     about = (
         f"{record['level']}, protocol {record['protocol']} · {record['games']:.0f} games ({record['games_are']}), "
         f"{100 * record['success']:.0f} % won, {record['turns']:.0f} turns · seed {record['seed']}"

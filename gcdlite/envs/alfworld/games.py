@@ -94,7 +94,7 @@ def level_tasks(root: Path, level: str, protocol: str = "single") -> list[Task]:
     levels = LEVELS[protocol]
     if level not in levels:
         hint = " (L2 is measured by a run with env.protocol=single, which trains on four types)" if level.startswith("L2") else ""
-        raise UserError(f"protocol {protocol} has no level {level}, only {', '.join(levels)}{hint}: name those in eval.levels")
+        raise UserError(f"protocol {protocol} has no level {level}, only {', '.join(levels)}{hint}")
     split, types = levels[level]
     tasks = find_games(root, split, types)
     if not tasks:

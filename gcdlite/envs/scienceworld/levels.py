@@ -93,7 +93,7 @@ def level_tasks(level: str, protocol: str = "single") -> list[Task]:
     """The tasks of a level in a fixed order, each once. Raises UserError for an unknown level."""
     levels = LEVELS[protocol]
     if level not in levels:
-        raise UserError(f"ScienceWorld's protocol {protocol} has no level {level}, only {', '.join(levels)}: name those in eval.levels")
+        raise UserError(f"ScienceWorld's protocol {protocol} has no level {level}, only {', '.join(levels)}")
     held_out, part = levels[level]
     tasks = []
     for name in types(protocol, held_out):
