@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from gcdlite import prompts
@@ -202,10 +202,21 @@ def draw_flaws(rows: Sequence[dict], consistency: Sequence[dict], note: str, out
     ):
         if ax.containers:
             ax.legend(**place)
-    last = [r for r in rows if r["iteration"] == iterations[-1] and r["outcome"] != "all"]
-    sizes = ", ".join(f"{r['level']} {r['outcome']} {r['episodes']} episodes ({r['turns']} turns)" for r in last)
-    asked = ", ".join(f"{r['n']} {r['turns']}" for r in consistency if r["iteration"] == iterations[-1] and r["outcome"] == "all")
-    output.figure("behaviour", figure, f"{note} Last iteration: {sizes}; turns asked again: {asked}. Without a bar: one episode.")
+    sizes = ", ".join(
+        f"{level} {outcome} {extent(r['episodes'] for r in rows if (r['level'], r['outcome']) == (level, outcome))}" for level in levels for outcome in ("won", "lost")
+    )
+    kinds = list(dict.fromkeys(r["turns"] for r in consistency))
+    asked = ", ".join(f"{kind} {extent(r['n'] for r in consistency if (r['turns'], r['outcome']) == (kind, 'all'))}" for kind in kinds)
+    output.figure("behaviour", figure, f"{note} Episodes at a point: {sizes}; turns asked again: {asked}. Without a bar: one episode, or no spread.")
+
+
+def extent(sizes: Iterable[int]) -> str:
+    """
+    >>> extent([3, 5, 4]), extent([2, 2])
+    ('3 to 5', '2')
+    """
+    some = list(sizes)
+    return f"{min(some)} to {max(some)}" if min(some) < max(some) else f"{some[0]}"
 
 
 def draw_success(rows: Sequence[dict], note: str, output: Output) -> None:

@@ -242,7 +242,7 @@ def course(
 ) -> None:
     """The i-th of `of` lines over training: `key` of each row with its interval. Lines stand a little aside of their iterations,
     so that error bars do not cover one another."""
-    step = 0.015 * max(1, iterations[-1] - iterations[0])
+    step = 0.06 / of * max(1, iterations[-1] - iterations[0])
     x = [r["iteration"] + step * (i - (of - 1) / 2) for r in rows]
     series(ax, i, x, *([r[k] for r in rows] for k in (key, low, high)), label=label)
 
