@@ -561,6 +561,7 @@ def table(recipe: Recipe, root: Path) -> list[dict[str, Any]]:
                     },
                     "judge": over(a.get("judge") for a in after.values()),
                     **{key: over(a.get(key) for a in after.values()) for _, key, _ in BEHAVIOUR},
+                    "apart": None if partner == arm else {key: paired(after, other, key) for _, key, _ in BEHAVIOUR},
                     "iterations": config.iterations,
                     "minutes": over(t / 60 for t in seconds.values()),
                     "longer": longer if partner != arm and config.iterations else None,
@@ -600,13 +601,24 @@ def success(parts: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 def markdown(recipe: Recipe, rows: Sequence[dict[str, Any]], note: str = "") -> str:
     """The tables as text; what was not run says so, and a single seed is marked. `note` is what the runs say of their games."""
 
+    def pairs(row: dict[str, Any], value: dict[str, Any]) -> str:
+        """How many pairs a difference is of, where these are not all seeds, or all alike."""
+        alike = value["half"] is None and value["n"] > 1
+        return f"{value['n']} pair{'s' * (value['n'] > 1)}{' alike' * alike}" if alike or value["n"] < len(row["seeds"]) else ""
+
     def compared(row: dict[str, Any], value: dict[str, Any] | None, factor: float = 100, digits: int = 1) -> str:
-        """A difference, the arm that it is to, and how many pairs it is of where these are not all seeds."""
+        """A difference, and the arm that it is to."""
         if value is None:
             return "–"
-        alike = value["half"] is None and value["n"] > 1
-        few = f", {value['n']} pair{'s' * (value['n'] > 1)}{' alike' * alike}" if alike or value["n"] < len(row["seeds"]) else ""
-        return f"{middle(value, factor, '+', digits)} (to {row['against']}{few})"
+        few = pairs(row, value)
+        return f"{middle(value, factor, '+', digits)} (to {row['against']}{', ' * bool(few)}{few})"
+
+    def change(row: dict[str, Any], value: dict[str, Any] | None, factor: float) -> str:
+        """A difference alone."""
+        if value is None:
+            return "–"
+        few = pairs(row, value)
+        return middle(value, factor, "+", 1) + f" ({few})" * bool(few)
 
     def cell(value: dict[str, Any] | None, factor: float = 100, sign: str = "", digits: int = 1) -> str:
         """A mean with its interval; where several seeds agree, and say nothing of one, how many these are."""
@@ -619,7 +631,8 @@ def markdown(recipe: Recipe, rows: Sequence[dict[str, Any]], note: str = "") -> 
 
     def middle(value: dict[str, Any], factor: float, sign: str, digits: int) -> str:
         half = f" ± {factor * value['half']:.{digits}f}" if value["half"] is not None else ""
-        return f"{factor * value['mean']:{sign}.{digits}f}{half}"
+        shown = round(factor * value["mean"], digits) + 0.0  # no -0.0
+        return f"{shown:{sign}.{digits}f}{half}"
 
     def head(*names: str) -> list[str]:
         return ["", f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
@@ -649,6 +662,11 @@ def markdown(recipe: Recipe, rows: Sequence[dict[str, Any]], note: str = "") -> 
         for row in finished:
             cells = [label(row), row["level"], *(cell(row[key], factor) for _, key, factor in BEHAVIOUR)]
             lines.append(f"| {' | '.join(cells)} |")
+        if compare := [row for row in finished if row["apart"] and any(row["apart"].values())]:
+            lines += head("arm, minus another", "level", *(name for name, _, _ in BEHAVIOUR))
+            for row in compare:
+                cells = [f"{label(row)}, minus {row['against']}", row["level"], *(change(row, row["apart"][key], factor) for _, key, factor in BEHAVIOUR)]
+                lines.append(f"| {' | '.join(cells)} |")
         lines += head("arm", "seeds", "iterations", "threads", "min of training", "difference in time %")
         for row in {row["arm"]: row for row in finished}.values():
             cells = [label(row), ", ".join(map(str, row["seeds"])), str(row["iterations"]), ", ".join(map(str, row["threads"]))]
@@ -692,7 +710,7 @@ def _caption(recipe: Recipe, rows: Sequence[dict[str, Any]], note: str) -> list[
         f"evaluated {how}, {games}. "
         f"Made by `python run.py sweep {recipe.name}`.",
         "Success and behaviour in percent; mean ± 95 % interval over seeds (Student's t), of a single seed (95 % interval over games, "
-        "Wilson). The games are the same for all seeds: which games were drawn is not in the intervals over seeds. Difference: after training, paired by "
+        "Wilson). The games are the same for all seeds: which games were drawn is not in the intervals over seeds. Differences: after training, paired by "
         "seed. Judge: balanced accuracy against the oracle.",
     ]
     if recipe.paper:
