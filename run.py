@@ -166,11 +166,11 @@ def train(args: argparse.Namespace, faults: list[str]) -> int:
 
     from gcdlite import checkpoint, policy
     from gcdlite import train as loop
-    from gcdlite.coldstart import require_tag_data
+    from gcdlite.coldstart import check_weights
     from gcdlite.view.dashboard import Dashboard, closing_table
 
     policy.resolve(config.model.name)  # a missing model is told before games are generated
-    require_tag_data(config)
+    check_weights(config)
     announce(config, folder, settings, games)
     try:
         with Dashboard(config, history=runlog.read_lines(folder / "events.jsonl")) as dashboard:

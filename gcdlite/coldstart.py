@@ -74,6 +74,7 @@ def main(config: Config, folder: Path) -> None:
 def adapter(config: Config, folder: Path) -> None:
     """Train a fresh LoRA adapter on expert play and the variant's examples; `model.adapter=folder/adapter` starts RL from it."""
     cfg, dice, started = config.coldstart, random.Random(config.seed), time.perf_counter()
+    check_environment(config)
     if cfg.variant == "value":
         config = config.model_copy(update={"gcd": config.gcd.model_copy(update={"head": "value"})})
     policy = Policy(config)
@@ -247,22 +248,48 @@ def _made(config: Config, started: float) -> dict[str, Any]:
     } | ingredients(config)
 
 
+def check_weights(config: Config) -> None:
+    """Raises UserError for weights that a run with these settings cannot begin with: as the next two do."""
+    check_environment(config)
+    require_tag_data(config)
+
+
+def check_environment(config: Config) -> None:
+    """Raises UserError for weights that were made from scratch for another environment: their tokenizer lacks this one's words."""
+    made = how_made(Path(resolve(config.model.name))) or {}
+    if made.get("coldstart", {}).get("from_scratch") and (other := made.get("environment", "alfworld")) != config.env.name:
+        raise UserError(f"{config.model.name} was made for {other} and has never read the words of {config.env.name}: take --config {small_config(config)}")
+
+
+def small_config(config: Config) -> str:
+    return "nano-scienceworld" if config.env.name == "scienceworld" else "nano"
+
+
+def knows_tags(weights: Path, config: Config) -> bool | None:
+    """Whether weights have learned rlvmr's tags in this environment; None where they do not say."""
+    if (made := how_made(weights)) is not None:
+        return bool(made.get("tags")) and made.get("environment") == config.env.name
+    run = next((p for p in weights.parents[:3] if (p / "config.yaml").is_file() and (p / "events.jsonl").is_file()), None)
+    if run is None:
+        return None
+    settings = load(run / "config.yaml")  # an adapter of a run, which was let in
+    return settings.algo.tagged and settings.env.name == config.env.name
+
+
 def require_tag_data(config: Config) -> None:
     """Raises UserError when rlvmr would start from weights whose cold start had no tags: it could only reward noise."""
     if not config.algo.tagged:
         return
-    for folder in map(Path, filter(None, (config.model.adapter, resolve(config.model.name)))):
-        if (made := how_made(folder)) is not None:
-            if made.get("tags") and made.get("environment") == config.env.name:
-                return
-            break  # an adapter without tags on a model with them has unlearned these
-        elif run := next((p for p in folder.parents[:3] if (p / "config.yaml").is_file() and (p / "events.jsonl").is_file()), None):
-            settings = load(run / "config.yaml")  # an adapter of a run, which was let in
-            if settings.algo.tagged and settings.env.name == config.env.name:
-                return
-            break
+    known = [knows_tags(Path(folder), config) for folder in (config.model.adapter, resolve(config.model.name)) if folder]
+    if next((knows for knows in known if knows is not None), False):
+        return
+    if known[-1]:
+        raise UserError(
+            f"rlvmr needs weights that know its tags in {config.env.name}: {config.model.name} does, but {config.model.adapter}, an adapter "
+            "without tags, has unlearned them: leave model.adapter out"
+        )
     if config.coldstart.from_scratch:  # nano has never read the tags: only training its embeddings, too, can teach it to write them
-        flags = f"--env {config.env.name} --config {'nano-scienceworld' if config.env.name == 'scienceworld' else 'nano'}"
+        flags = f"--env {config.env.name} --config {small_config(config)}"
         make = f"{flags} coldstart.start={config.model.name} --out DIR"
         then = f"{flags} --model DIR/model rollout.max_new_tokens=64"  # a plan is longer than its other answers
     else:

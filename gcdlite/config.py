@@ -311,6 +311,10 @@ class Coldstart(Section):
     def _a_head_lies_beside_an_adapter(self) -> Coldstart:
         if self.from_scratch and self.variant == "value":
             raise ValueError("variant=value trains an adapter and a value head, no whole model: add coldstart.from_scratch=false")
+        if self.variant == "value" and not self.judgments:
+            raise ValueError("variant=value trains its head on judged turns: give coldstart.judgments")
+        if self.start and not self.from_scratch:
+            raise ValueError("start names a base of weights made from scratch: leave it out, or add coldstart.from_scratch=true")
         return self
 
 

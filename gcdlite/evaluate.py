@@ -6,7 +6,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from statistics import mean, pstdev
+from statistics import mean, stdev
 
 import torch
 
@@ -31,7 +31,7 @@ def wilson(wins: int, n: int, z: float = 1.959964) -> tuple[float, float]:
         return 0.0, 1.0
     p, z2 = wins / n, z * z
     middle, spread = p + z2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return (middle - spread) / (1 + z2 / n), (middle + spread) / (1 + z2 / n)
+    return max(0.0, (middle - spread) / (1 + z2 / n)), min(1.0, (middle + spread) / (1 + z2 / n))  # rounding may leave -1e-17
 
 
 def check_levels(pool: Pool, config: Config) -> None:
@@ -65,7 +65,7 @@ def evaluate(policy: Policy, pool: Pool, level: str, config: Config, batch: int 
     out = success(name, whole)
     if config.env.name == "scienceworld" and whole:
         scores = [max(0.0, e.score) for e in whole]
-        out |= {f"{name}/score": mean(scores), f"{name}/score_half": 1.959964 * (pstdev(scores) / len(scores) ** 0.5)}
+        out |= {f"{name}/score": mean(scores), f"{name}/score_half": 1.959964 * stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else None}
     played = metrics(episodes, 0.0)
     for key in ("turns", "malformed", "inadmissible", "repeated", "looped", "response_tokens", "errors"):
         out[f"{name}/{key}"] = played[f"rollout/{key}"]

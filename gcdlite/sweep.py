@@ -299,7 +299,7 @@ def check(recipe: Recipe, root: Path) -> list[Run]:
 
 def ready(recipe: Recipe, root: Path, runs: Sequence[Run]) -> None:
     """Raises UserError for what would stop an arm only when its turn comes, hours later: no key for an API, no data for rlvmr's tags."""
-    from gcdlite.coldstart import require_tag_data  # these load torch, which a table does without
+    from gcdlite.coldstart import check_weights  # these load torch, which a table does without
     from gcdlite.gcd import api
 
     for run in {run.arm: run for run in runs if run.state != "finished"}.values():  # an arm's seeds differ in nothing that counts here
@@ -307,7 +307,7 @@ def ready(recipe: Recipe, root: Path, runs: Sequence[Run]) -> None:
         try:
             api.check(run.config)
             if not start:
-                require_tag_data(run.config)
+                check_weights(run.config)
             elif run.config.algo.tagged and not recipe.start_config(start, root).algo.tagged:
                 raise UserError(f"rlvmr needs a cold start with its tags: give {start} algo.name: rlvmr")
         except UserError as error:
@@ -542,7 +542,8 @@ def table(recipe: Recipe, root: Path) -> list[dict[str, Any]]:
                     "arm": arm,
                     "level": level,
                     "labeller": config.gcd.labeller if config.gcd.enabled else None,
-                    "head": config.gcd.head if config.gcd.enabled else None,
+                    "head": config.gcd.head if config.gcd.enabled or config.gcd.head == "value" else None,
+                    "judged": any(s.get("judged_iterations", 1) for s in summaries.values()),  # older summaries do not say
                     "suggest_by": config.gcd.suggest_by if config.gcd.suggest else None,
                     "seeds": sorted(after),
                     "planned": len(mine),
@@ -683,7 +684,9 @@ def label(row: dict[str, Any]) -> str:
     if labeller := row["labeller"]:
         notes.append(f"{labeller} labels: an upper bound, not GCD" if "oracle" in labeller.split("+") else f"{labeller} labels")
     if row["head"] == "value":
-        notes.append("a value head, not GCD")
+        notes.append("a value head, not GCD" if row["labeller"] else "judged by its value head")
+    if row["labeller"] and row["after"] is not None and not row["judged"]:
+        notes.append("nothing was judged")
     if row["suggest_by"]:
         notes.append(f"suggestions by {row['suggest_by']}")
     if row["planned"] == 1:

@@ -13,7 +13,7 @@ from typing import Any
 
 from gcdlite import advantages, checkpoint, coupling, envs, plan
 from gcdlite.advantages import TokenRows
-from gcdlite.coldstart import require_tag_data
+from gcdlite.coldstart import check_weights
 from gcdlite.config import ALGO_FIELDS, Config, caveats, threads
 from gcdlite.critic import Critic
 from gcdlite.envs import closing
@@ -45,7 +45,7 @@ def train(config: Config, folder: Path, listeners: Sequence[Listener] = (), resu
     A new run starts from the seed; a resumed one goes on exactly where its last checkpoint stood: same tasks, same
     samples, same parameters as if it had never stopped. After Ctrl-C or a crash, at most the running iteration is lost.
     """
-    require_tag_data(config)
+    check_weights(config)
     apis.check(config)
     saved = checkpoint.latest(folder) if resume else None
     with closing(envs.make(config, folder if resume else None)) as pool:
@@ -268,6 +268,21 @@ class Clock:
         return sum(self.seconds.values())
 
 
+def shortfalls(config: Config, events: Sequence[dict[str, Any]]) -> list[str]:
+    """What a run was meant to do and did not, which its settings do not tell: whoever reads its results must know."""
+    steps = [e for e in events if e["phase"] == "train"]
+    said = []
+    if config.gcd.enabled and (idle := sum(not e.get("gcd/selected") for e in steps)):
+        alone = f", so this is {config.algo.name} alone" if idle == len(steps) else ""
+        said.append(f"Nothing was judged in {idle} of {len(steps)} iterations{alone}.")
+    asked = sum(e.get("api/asked", 0) for e in steps)
+    if asked and not any(e.get("api/answered") for e in steps):
+        said.append(f"The api answered none of {asked} questions.")
+    if any("gcd/suggestion_rules" in e for e in steps) and not any(e["phase"] == "suggest" for e in events):
+        said.append("No suggestion was ever made.")
+    return said
+
+
 def summarise(config: Config, log: RunLog, training_seconds: float, wall_seconds: float, note: str = "") -> dict[str, Any]:
     """`summary.json`: success and behaviour before and after on every level, and what the run was."""
     events = log.events()
@@ -283,10 +298,11 @@ def summarise(config: Config, log: RunLog, training_seconds: float, wall_seconds
     summary = {
         "environment": config.env.name, "environment_note": note, "protocol": config.env.protocol, "model": config.model.name,
         "algorithm": config.algo.name, "gcd": config.gcd.enabled, "labeller": config.gcd.labeller if config.gcd.enabled else None,
-        "head": config.gcd.head if config.gcd.enabled else None,
+        "head": config.gcd.head if config.gcd.enabled or config.gcd.head == "value" else None,  # one that is only evaluated, too
         "suggest_by": config.gcd.suggest_by if config.gcd.suggest else None,
         "seed": config.seed, "steps": config.iterations, "eval_temperature": config.eval.temperature,
-        "caveats": caveats(config), "levels": levels,
+        "caveats": caveats(config) + shortfalls(config, events), "levels": levels,
+        "judged_iterations": sum(bool(e.get("gcd/selected")) for e in steps) if config.gcd.enabled else None,
         "training_success_first": steps[0]["rollout/success"] if steps else None,
         "training_success_last": steps[-1]["rollout/success"] if steps else None,
         "training_seconds": round(training_seconds, 1), "wall_seconds": round(wall_seconds, 1), "threads": threads(config),

@@ -269,6 +269,17 @@ def test_experts_with_tags_say_what_they_do(games_root):
 # --- what is refused
 
 
+@pytest.mark.parametrize(("model", "env", "right"), [("nano", "scienceworld", "nano-scienceworld"), ("nano-scienceworld", "alfworld", "nano")])
+def test_a_nano_of_the_other_environment_is_refused(tiny, model, env, right, tmp_path):
+    tiny.env.name, tiny.model.name = env, model
+    for refuse in (coldstart.check_weights, lambda config: coldstart.adapter(config, tmp_path / "a"), lambda config: loop.train(config, tmp_path / "run")):
+        with pytest.raises(UserError, match=f"{model} was made for .* take --config {right}$"):
+            refuse(tiny)
+    assert not list(tmp_path.iterdir())
+    tiny.model.name = right
+    coldstart.check_weights(tiny)
+
+
 def test_rlvmr_without_tag_data_is_refused_before_anything_is_written(tiny, tmp_path, small_model):
     tiny.algo.name = "rlvmr"
     with pytest.raises(UserError, match=r"coldstart --algo rlvmr --env alfworld --model \S+ .*--env alfworld --model \S+ model.adapter=") as refused:
@@ -317,6 +328,8 @@ def test_rlvmr_without_tag_data_is_refused_before_anything_is_written(tiny, tmp_
             tiny.model.name = model
             with pytest.raises(UserError, match="know its tags"):
                 coldstart.require_tag_data(tiny)
+    with pytest.raises(UserError, match="tagged does, but .*plain, .* leave model.adapter out$"):
+        coldstart.require_tag_data(tiny)
     (tmp_path / "plain" / "made.json").write_text('{"tags": tr')
     with pytest.raises(UserError, match=r"made\.json cannot be read .*make them again"):
         coldstart.require_tag_data(tiny)

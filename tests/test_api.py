@@ -257,11 +257,36 @@ def test_what_an_unfinished_iteration_spent_stays_spent(server, client, tmp_path
         assert client(Spent(2, 3), ledger).spent == Spent(2, 3)
 
 
+def test_questions_wait_for_the_tokens_that_others_have_reserved(server, client):
+    """16 at a time reserve 41 tokens each and cost 7: all 20 fit into 240, but not at once."""
+    server.trouble = lambda number: 0.02
+    api = client(max_tokens=240, max_new_tokens=40, concurrency=16)
+    assert [None] not in api.ask([f"{i:03}" for i in range(20)])
+    assert counts(api) == {"asked": 20, "answered": 20, "calls": 20, "tokens": 140} and api.spent == Spent(20, 140)
+
+
+def test_an_answer_without_text_costs_what_the_server_says(server, client):
+    server.answer = lambda number, question: " "
+    api = client(retries=1, max_new_tokens=500)
+    assert api.ask(["a"]) == [[None]]
+    assert counts(api) == {"asked": 1, "failed": 1, "calls": 2, "retries": 1, "tokens": 14, "garbage": 2}
+
+
+def test_only_answers_that_are_worth_it_are_kept(server, client):
+    server.answer = lambda number, question: f"answer {number}"
+    api = client()
+    assert api.ask(["a"], worth=lambda text: text.endswith("1")) == [["answer 0"]]
+    assert [api.ask(["a"], worth=lambda text: text.endswith("1")) for _ in range(2)] == [[["answer 1"]]] * 2
+    assert len(server.requests) == 2 and counts(api)["cached"] == 1
+
+
 def test_the_budget_in_tokens_holds_with_answers_on_their_way(server, client):
-    server.trouble = lambda number: 0.05
+    untold = completion("so it is").replace('"total_tokens": 7', '"total_tokens": null')
+    server.trouble = lambda number: ("application/json", untold)
     api = client(max_tokens=100, max_new_tokens=40, concurrency=8)
     api.ask(["x" * 30 + str(i) for i in range(8)])
-    assert len(server.requests) == 2 and api.spent.tokens == 14  # each was reserved as 10 + 40 tokens, and used 7
+    assert len(server.requests) == 2 and api.spent.tokens == 100  # each is reserved, and counted, as 10 + 40 tokens
+    assert counts(api)["over_budget"] == 6
 
 
 def test_a_damaged_cache_is_counted_and_done_without(server, client, tmp_path):

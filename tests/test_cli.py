@@ -476,7 +476,7 @@ def test_suggestions_and_the_api_are_shown():
             listener(event)
     said = console.file.getvalue()
     assert "suggestions 1/5  version 3 by template: " + " | ".join(rules) in said
-    assert "api 288 of 300 answered (40 cached, 1 timed out, 12 429, 2 skipped), 251,000 tokens" in said
+    assert "api 288 of 300 answered (40 cached, 1 timed out, 12 × 429, 2 skipped), 251,000 tokens" in said
 
 
 def settings(**sections) -> Config:
@@ -592,6 +592,20 @@ def test_what_is_only_evaluated_says_so():
     assert "vanilla (the model as it is)" in text_of(closing_table(summary(algorithm="vanilla", labeller=None)), 100, None)
 
 
+def test_a_value_head_that_is_only_evaluated_is_named():
+    shown = text_of(closing_table(summary(algorithm="vanilla", labeller=None, head="value")), 100, None)
+    assert "vanilla (the model as it is), value head" in shown
+
+
+def test_scores_stand_on_a_line_of_their_own_with_their_change():
+    part = {"success": 0.05, "low": 0.0, "high": 0.66, "n": 2, "score": 5.0, "score_half": 9.8}
+    levels = {"L2": {"before": part, "after": part | {"score": 30.0, "score_half": None}}}
+    shown = text_of(closing_table(summary(environment="scienceworld", levels=levels)), 80, None)
+    for words in ("score 5.0 ± 9.8", "score 30.0 ", "+25.0", "5.0 % (0–66, n 2)"):
+        assert words in shown, shown
+    assert "…" not in shown
+
+
 def test_the_closing_table():
     shown = text_of(closing_table(summary()), 100, None)
     for part in ("protocol single", "Qwen2.5-1.5B-Instruct", "grpo + gcd (rules labels)", "seed 3", "greedily",
@@ -616,7 +630,7 @@ def test_the_closing_table():
         ).splitlines()
         if line.startswith("L0  ")
     ]
-    assert "50.0 % (10–90, n 6) score 61.2 ± 9.9" in l0
+    assert "50.0 % (10–90, n 6)" in l0  # the score is below it
     assert "Real games." in text_of(closing_table(summary(environment_note="real games")), 100, None)
     (l2,) = [line for line in shown.splitlines() if line.startswith("L2  ")]
     assert "–" in l2 and "+" not in l2

@@ -83,7 +83,7 @@ def test_scienceworld_has_a_mean_score(small_config, monkeypatch):
     pool = SimpleNamespace(tasks=lambda level: [Task("0", "boil", "")])
     small_config.env.name, small_config.eval.judge_turns, small_config.eval.limit = "scienceworld", 0, 0
     out, _ = evaluate(Policy(small_config), pool, "L0", small_config)
-    assert out["eval/L0/score"] == 37.5 and out["eval/L0/score_half"] == pytest.approx(1.96 * 41.4578 / 2, rel=1e-3) and out["eval/L0"] == 0.25
+    assert out["eval/L0/score"] == 37.5 and out["eval/L0/score_half"] == pytest.approx(1.96 * 47.8714 / 2, rel=1e-3) and out["eval/L0"] == 0.25
     small_config.env.name = "alfworld"
     assert "eval/L0/score" not in evaluate(Policy(small_config), pool, "L0", small_config)[0]
 
@@ -184,6 +184,12 @@ def test_the_judge_is_measured_on_as_many_good_as_bad_turns(small_config, name):
     assert set(heat[:-1]) == {0.7} and heat[-1] == 0.0  # it plays as the settings say, and judges greedily
     assert out["eval/L0/judge_n"] > 0 and out["eval/L0/judge_n"] % 2 == 0
     assert out["eval/L0/judge_balanced_accuracy"] == balanced and out["eval/L0/judge_accuracy_good"] == good
+
+
+def test_wilsons_bounds_are_shares():
+    for n in range(1, 200):
+        assert wilson(0, n)[0] >= 0 and wilson(n, n)[1] <= 1
+        assert f"{100 * wilson(0, n)[0]:.0f}" == "0"  # not -0
 
 
 def test_a_level_that_is_not_there_is_told_before_anything_is_done(small_config, tmp_path):

@@ -105,7 +105,7 @@ class Fake:
     def __init__(self, *answers):
         self.answers, self.prompts = answers, []
 
-    def ask(self, prompts, copies=1):
+    def ask(self, prompts, copies=1, worth=bool):
         self.prompts += prompts
         return [[a] for a, _ in zip(self.answers, prompts)]
 
@@ -248,6 +248,22 @@ def test_old_rules_stay_when_none_are_written(suggesting, tmp_path, monkeypatch)
     events = [e for e in read_lines(tmp_path / "run" / "events.jsonl") if e["phase"] == "train"]
     assert [e["gcd/suggestion"] for e in events] == [0, 1, 1] and [e["gcd/suggestion_rules"] > 0 for e in events] == [True, False, False]
     assert events[2]["gcd/suggestion_notes"] > events[1]["gcd/suggestion_notes"]  # unused advice is kept
+    assert loop.shortfalls(suggesting, events + [{"phase": "suggest"}]) == []
+    assert loop.shortfalls(suggesting, events) == ["No suggestion was ever made."]
+
+
+def test_what_a_run_did_not_do_is_told(small_config):
+    def steps(*selected, **more):
+        return [{"phase": "train", "gcd/selected": n} | more for n in selected]
+
+    assert loop.shortfalls(small_config, steps(2, 4)) == []
+    assert loop.shortfalls(small_config, steps(0, 4)) == ["Nothing was judged in 1 of 2 iterations."]
+    assert loop.shortfalls(small_config, steps(0, 0)) == ["Nothing was judged in 2 of 2 iterations, so this is grpo alone."]
+    asked = {"api/asked": 5, "api/answered": 0}
+    assert loop.shortfalls(small_config, steps(2, 2, **asked)) == ["The api answered none of 10 questions."]
+    assert loop.shortfalls(small_config, steps(2, **asked) + steps(2, **asked | {"api/answered": 1})) == []
+    small_config.gcd.enabled = False
+    assert loop.shortfalls(small_config, [{"phase": "train"}]) == []
 
 
 # --- with an API

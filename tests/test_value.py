@@ -163,7 +163,7 @@ def test_a_run_with_a_value_head_is_never_called_gcd():
     assert method_name("grpo", "rules", None, "generative") == "grpo + gcd (rules labels)" == method_name("grpo", "rules")
     assert method_name("grpo", "rules", None, "value") == "grpo + value head (rules labels)"
     assert method_name("grpo", "oracle", None, "value") == "grpo + value head on oracle labels (upper bound)"
-    assert method_name("grpo", None, None, "value") == "grpo"
+    assert method_name("vanilla", None, None, "value") == "vanilla (the model as it is), value head"
 
 
 def test_an_analysis_asks_the_head_of_the_stage_it_looks_at(head_config, tmp_path, monkeypatch):

@@ -55,6 +55,8 @@ def run(policy: Policy, pool: Pool, stages: Sequence[Stage], options: Options, c
         "wrong. balanced: mean of the classes. Wilson 95 % intervals, combined by Newcombe's method; turns of one episode are treated as independent. rules: "
         "the papers' labeller in the judge's place, on those of the same turns that it labels. The paper's numbers are against its own labels."
     )
+    if policy.value_head:
+        note = f"Verdicts of the value head (the papers' negative control), not of a judgment in words. {note}"
     output.table("judgment", "Judgment accuracy (new paper, Table 4)", rows, note)
     draw_figure(rows, note, output)
 

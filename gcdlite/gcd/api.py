@@ -15,7 +15,7 @@ import random
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,11 +69,13 @@ class Api:
                 f"the api's client cannot start ({type(error).__name__}); look at the proxy and certificate variables of the environment"
             ) from None
 
-    def ask(self, prompts: Sequence[str], copies: int = 1) -> list[list[str | None]]:
+    def ask(self, prompts: Sequence[str], copies: int = 1, worth: Callable[[str], Any] = bool) -> list[list[str | None]]:
         """`copies` answers to each prompt, asked concurrently; None stands for one that did not come.
 
-        Equal prompts are asked once and share their answers.
+        Equal prompts are asked once and share their answers. Only answers that are `worth` it are kept on disk: what a caller cannot
+        use must not come back for ever.
         """
+        self._worth = worth
         unique = list(dict.fromkeys(prompts))
         questions = [(prompt, copy) for prompt in unique for copy in range(copies)]
         answers = asyncio.run(self._ask(questions)) if questions else []
@@ -92,7 +94,7 @@ class Api:
         from openai import AsyncOpenAI
 
         cfg, key = self.settings, _key()
-        self._failures, self._gate, self._cache = 0, asyncio.Semaphore(cfg.concurrency), Cache(cfg)
+        self._failures, self._flying, self._gate, self._cache = 0, 0, asyncio.Semaphore(cfg.concurrency), Cache(cfg)
         try:
             # Its own retries are off: ours are counted, and belong to the budget.
             async with AsyncOpenAI(api_key=key, base_url=cfg.base_url, max_retries=0, timeout=cfg.timeout) as client:
@@ -115,8 +117,10 @@ class Api:
                 self.counts["skipped"] += 1
                 return None
             for attempt in range(cfg.retries + 1):
-                # Paid for in advance, so that answers on their way cannot overdraw the budget together.
+                # Paid for in advance, so that answers on their way cannot overdraw the budget together; most cost less in the end.
                 estimate = len(prompt) // 3 + cfg.max_new_tokens
+                while self._flying and over(self.spent.tokens + estimate, cfg.max_tokens):
+                    await asyncio.sleep(0.01)
                 if over(self.spent.calls + 1, cfg.max_calls) or over(self.spent.tokens + estimate, cfg.max_tokens):
                     self.counts["over_budget"] += 1
                     return None
@@ -125,7 +129,9 @@ class Api:
                 self.spent.calls += 1
                 self.spent.tokens += estimate
                 self._write_ledger()
+                self._flying += 1
                 text, tokens, fault, wait = await self._call(client, prompt)
+                self._flying -= 1
                 tokens = estimate if tokens is None else tokens
                 self.spent.tokens += tokens - estimate
                 self.counts["tokens"] += tokens
@@ -134,7 +140,8 @@ class Api:
                         text = text.replace(key, "***")
                     self._failures, self._works = 0, True
                     self.counts["answered"] += 1
-                    self._cache.put(prompt, copy, text)
+                    if self._worth(text):
+                        self._cache.put(prompt, copy, text)
                     return text
                 self.counts[fault] += 1
                 wait = max(wait, cfg.backoff * 2**attempt * random.Random().uniform(0.5, 1.5))
@@ -182,7 +189,8 @@ class Api:
                 ),
                 seconds,
             )
-            return _text(reply), _tokens(reply), "", 0.0
+            text = _text(reply)
+            return text, _tokens(reply), "" if text else "garbage", 0.0
         except (TimeoutError, openai.APITimeoutError):
             return None, None, "timeouts", 0.0
         except openai.APIStatusError as error:  # 408 and 409 ask to be tried again, like 429
@@ -271,14 +279,14 @@ def _key() -> str:
     return key
 
 
-def _text(reply: Any) -> str:
-    """The answer's text. Raises ValueError when the reply is no chat completion, or an empty one."""
+def _text(reply: Any) -> str | None:
+    """The answer's text; None when the reply is no chat completion, or an empty one."""
     try:
         text = reply.choices[0].message.content
     except (AttributeError, IndexError, KeyError, TypeError):
         text = None
     if not isinstance(text, str) or not text.strip():
-        raise ValueError("no text in the reply")
+        return None
     return text.encode("utf-8", "replace").decode()  # half of a surrogate pair can be neither stored nor tokenized
 
 

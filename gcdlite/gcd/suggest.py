@@ -134,7 +134,8 @@ def renew(notes: Sequence[Note], old: Suggestion, iteration: int, config: Config
         largest = [theme[:SHOWN] for theme in themes([note.advice for note in notes])[: cfg.suggest_rules]]
         if cfg.suggest_by == "api":
             assert api is not None, "made wherever the API writes the rules"
-            answers = [texts[0] for texts in api.ask([prompts.distil_prompt("full", theme, config.env.name) for theme in largest])]
+            questions = [prompts.distil_prompt("full", theme, config.env.name) for theme in largest]
+            answers = [texts[0] for texts in api.ask(questions, worth=prompts.parse_rule)]
         else:
             answers = distil(policy, largest, config)
         pairs = [(prompts.parse_rule(text), theme) for text, theme in zip(answers, largest) if text is not None]

@@ -171,7 +171,7 @@ def method(config: Config) -> str:
 
 def method_name(algorithm: str, labeller: str | None, suggest_by: str | None = None, head: str | None = None) -> str:
     if labeller is None:
-        return WITHOUT_TRAINING.get(algorithm, algorithm)
+        return WITHOUT_TRAINING.get(algorithm, algorithm) + (", value head" if head == "value" else "")
     labels = f"{labeller} labels" + (f", {suggest_by} suggestions" if suggest_by else "")
     if "oracle" in labeller:
         return f"{algorithm} + {'value head' if head == 'value' else 'judge'} on {labels} (upper bound)"
@@ -387,13 +387,15 @@ def level_row(level: str, before: Event, after: Event) -> list[Text]:
     if before and after:
         points = 100 * (after["success"] - before["success"])
         change = Text(f"{points:+.1f}", "bold green" if points > 0 else "bold red" if points < 0 else "bold")
+        if None not in (before.get("score"), after.get("score")):
+            change.append(f"\n{after['score'] - before['score']:+.1f}", "not bold")
     judge = [percent(part["judge"]) for part in (before, after) if part.get("judge") is not None]
-    return [Text(level, "bold"), with_interval(before), with_interval(after), change, Text(" → ".join(judge) or "–")]
+    return [Text(level, "bold"), with_interval(before, "\n"), with_interval(after, "\n"), change, Text(" → ".join(judge) or "–")]
 
 
-def with_interval(part: Event) -> Text:
-    """`43.8 % (28–61, n 32)`, in ScienceWorld with the mean score behind it, or a dash; episodes whose environment failed
-    are no part of n, and told beside it."""
+def with_interval(part: Event, separator: str = " ") -> Text:
+    """`43.8 % (28–61, n 32)`, in ScienceWorld with the mean score behind it (in a table on a line of its own), or a dash; episodes
+    whose environment failed are no part of n, and told beside it."""
     if not part:
         return Text("–", "dim")
     text = Text(percent(part["success"]), "bold")
@@ -401,7 +403,8 @@ def with_interval(part: Event) -> Text:
         failed = f", {part['errors']:.0f} failed" if part.get("errors") else ""
         text.append(f" ({100 * part['low']:.0f}–{100 * part['high']:.0f}, n {part['n']:.0f}{failed})", "not bold dim")
     if part.get("score") is not None:
-        text.append(f" score {part['score']:.1f} ± {part['score_half']:.1f}", "not bold")
+        half = f" ± {part['score_half']:.1f}" if part.get("score_half") is not None else ""
+        text.append(f"{separator}score {part['score']:.1f}{half}", "not bold")
     return text
 
 
@@ -438,7 +441,7 @@ def closing_table(summary: dict[str, Any]) -> RenderableType:
     named = SCIENCE_LEVELS if summary["environment"] == "scienceworld" else LEVELS
     notes += ["; ".join(f"{level}: {named[level]}" for level in summary["levels"] if level in named) + "."]
     notes += summary.get("caveats", [])
-    notes += [f"Training took {clock(summary['training_seconds'])}, the whole run {clock(summary['wall_seconds'])}."]
+    notes += [f"Training took {clock(summary['training_seconds'])}; the last sitting, evaluations included, {clock(summary['wall_seconds'])}."]
     return Group(Text(" · ".join(about), "bold"), Text(how), table, *(Text(note, "dim") for note in notes))
 
 
@@ -450,7 +453,7 @@ def evaluation_table(metrics: Event, config: Config, note: str = "") -> Renderab
         part = of_event(metrics, level)
         prefix = f"eval/{level}/type/"
         types = "\n".join(f"{name.removeprefix(prefix)} {percent(value)}" for name, value in metrics.items() if name.startswith(prefix))
-        table.add_row(Text(level, "bold"), with_interval(part), number(metrics.get(f"eval/{level}/turns"), ".1f"), percent(part.get("judge")), types)
+        table.add_row(Text(level, "bold"), with_interval(part, "\n"), number(metrics.get(f"eval/{level}/turns"), ".1f"), percent(part.get("judge")), types)
     about = f"{config.env.name}, protocol {config.env.protocol} · {Path(config.model.name).name} · {method(config)}"
     foot = [Text(sentence(note), "dim")] if note else []
     return Group(Text(about, "bold"), Text(f"seed {config.seed} · evaluated {decoding(config.eval.temperature)}"), table, *foot)
@@ -529,6 +532,8 @@ def plain_line(event: Event, state: State) -> str | None:
         ]  # fmt: skip
         if get("api/asked"):
             parts.append(api_part(event))
+        if get("gcd/suggestion_rules") == 0:
+            parts.append(f"no new suggestion ({number(get('gcd/suggestion_notes'), '.0f')} notes)")
     spent = ", ".join(f"{name} {get(f'time/{name}'):.1f}" for name in PHASE_COLOURS if get(f"time/{name}") is not None)
     parts += [
         f"kl {number(get('kl'))}", f"grad norm {number(get('grad_norm'), '.3f')}",
@@ -538,13 +543,13 @@ def plain_line(event: Event, state: State) -> str | None:
 
 
 API_TROUBLE = {  # metric -> in words; attempts for the first ones, questions for the last two
-    "timeouts": "timed out", "http_429": "429", "http_5xx": "5xx", "http_4xx": "refused", "rejected": "rejected prompts", "unreachable": "unreachable",
+    "timeouts": "timed out", "http_429": "× 429", "http_5xx": "× 5xx", "http_4xx": "refused", "rejected": "rejected prompts", "unreachable": "unreachable",
     "garbage": "garbage", "cache_errors": "cache errors", "skipped": "skipped", "over_budget": "over budget",
 }  # fmt: skip
 
 
 def api_part(event: Event) -> str:
-    """`api 290 of 300 answered (40 cached, 12 429, 1 timed out), 251,000 tokens`"""
+    """`api 290 of 300 answered (40 cached, 12 × 429, 1 timed out), 251,000 tokens`"""
     get = event.get
     notes = [f"{get('api/cached')} cached"] if get("api/cached") else []
     notes += [f"{get(f'api/{name}')} {words}" for name, words in API_TROUBLE.items() if get(f"api/{name}")]
