@@ -42,7 +42,8 @@ def nano(**settings) -> Config:
     from gcdlite.envs.alfworld import generated_root
 
     flags = {key.replace("__", "."): value for key, value in settings.items()}
-    flags.setdefault("env.data", str(generated_root(GAMES, 1)))
+    if "env.data" not in flags:
+        flags["env.data"] = str(generated_root(GAMES, 1))
     return load(find_config("nano"), flags=flags)
 
 

@@ -4,7 +4,9 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the suite never asks a hub
+os.environ["HF_HUB_OFFLINE"] = "1"  # the suite never asks a hub
+for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS", "LINES", "TERM"):
+    os.environ.pop(name, None)  # what is printed depends on these, and rich reads them when it is imported
 
 import random
 import signal

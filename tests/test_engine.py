@@ -63,7 +63,7 @@ def games(tmp_path_factory) -> list[Path]:
         if kind in TYPES and "Sliced" not in str(path) and "movable" not in str(path):
             found.setdefault((kind, split), []).append(path)
     if not found:
-        pytest.skip(f"no ALFWorld games under {root}")
+        pytest.fail(f"no ALFWorld games under {root}: unset ALFWORLD_DATA, or let it name them")
     rng = random.Random(0)
     return [path for paths in found.values() for path in rng.sample(paths, min(5, len(paths)))]
 

@@ -205,7 +205,7 @@ def test_events_and_summary_hold_what_is_promised(small_config, tmp_path):
             assert event["groups/zero_variance"] == 2
     assert {"eval/L0", "eval/L0/low", "eval/L0/high", "eval/L0/n"} <= events[0].keys()
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["levels"]["L0"]["before"]["n"] == 4 and summary["levels"]["L0"]["after"]["success"] is not None
+    assert summary["levels"]["L0"]["before"]["n"] == 4 and summary["levels"]["L0"]["after"]["success"] == events[-1]["eval/L0"]
     assert summary["environment_note"] == "100 generated games, seed 3"
     record = tmp_path / "run" / "environment.json"
     about = json.loads(record.read_text())
