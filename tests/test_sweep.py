@@ -441,8 +441,8 @@ def test_jobs_are_counted_from_one(tmp_path, capsys):
 def test_the_table_pairs_seeds(recipe, tmp_path):
     for seed, after in enumerate((0.5, 0.6, 0.7)):
         finish(recipe, tmp_path, f"a-s{seed}", after, before=0.4, minutes=10 + seed, repeated=0.1 + 0.1 * seed)
-    finish(recipe, tmp_path, "b-s0", 0.6, minutes=12, repeated=0.2)
-    finish(recipe, tmp_path, "b-s2", 0.8, minutes=12, repeated=0.2)
+    finish(recipe, tmp_path, "b-s0", 0.6, minutes=12, repeated=0.25)
+    finish(recipe, tmp_path, "b-s2", 0.8, minutes=12, repeated=0.25)
     rows = rows_of(recipe, tmp_path)
     a, b = rows["a"], rows["b"]
     assert a["after"] == pytest.approx({"mean": 0.6, "half": 4.303 * 0.1 / 3**0.5, "n": 3})
@@ -451,13 +451,13 @@ def test_the_table_pairs_seeds(recipe, tmp_path):
     assert b["difference"]["mean"] == pytest.approx(0.1) and b["difference"]["half"] is None  # two that are alike do not say how far others would be
     assert b["seeds"] == [0, 2] and b["planned"] == 3 and b["minutes"]["mean"] == 12
     assert b["longer"]["mean"] == pytest.approx((12 / 10 + 12 / 12) / 2 - 1)
-    assert a["apart"] is None and b["apart"]["repeated"] == pytest.approx({"mean": 0.0, "half": 12.706 * 0.1, "n": 2})  # +0.1 and -0.1
+    assert a["apart"] is None and b["apart"]["repeated"] == pytest.approx({"mean": 0.05, "half": 12.706 * 0.1, "n": 2})  # +0.15 and -0.05
     # Not evaluated before training itself: the first arm of its seed was.
     assert b["before"]["mean"] == 0.4 and b["change"]["mean"] == pytest.approx(0.3)
     finish(recipe, tmp_path, "b-s1", 0.6)
     (tmp_path / "a-s1" / "summary.json").unlink()
     text = sweep.markdown(recipe, sweep.table(recipe, tmp_path))
-    assert "minus a | L0 | +0.0 ± 127.1 (2 pairs) | +0.0 (2 pairs alike) |" in text
+    assert "minus a | L0 | +5.0 ± 127.1 (2 pairs) | +0.0 (2 pairs alike) |" in text
     assert (
         "| +10.0 (to a, 2 pairs alike) |" in text and "(to a, 2 pairs) |" in text.splitlines()[-1]
     )  # the means beside it are of three seeds, and two
