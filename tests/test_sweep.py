@@ -419,7 +419,7 @@ def test_a_whole_sweep_on_a_tiny_model(games_root, small_model, tmp_path, capfd)
     second = json.loads((tmp_path / "out" / "grpo+gcd-s3" / "summary.json").read_text())
     assert "before" not in second["levels"]["L0"] and second["threads"] == max(1, len(os.sched_getaffinity(0)) // 2)
     for row in rows.values():
-        assert row["games"] == 3 and row["turns"]["mean"] == 3 and row["response_tokens"]["mean"] > 0 and row["minutes"]["mean"] > 0
+        assert row["games"] == 3 and row["turns"]["mean"] == 3 and row["response_tokens"]["mean"] > 0 and row["minutes"]["n"] == 1
         assert all(row[key] is not None for key in ("repeated", "looped", "malformed", "inadmissible"))
     table = (tmp_path / "out" / "tiny.md").read_text()
     idle = ", nothing was judged" * (not second["judged_iterations"])  # what an untrained model writes is hardly ever a turn with a label
